@@ -1,0 +1,30 @@
+// surfattn layer 0: what the library asks of the compiler and of Eigen
+
+#pragma once
+
+#include <Eigen/Core>
+
+// Masked scores are −∞ and a NaN must reach the outputs that depend on it. With -ffinite-math-only
+// (part of -ffast-math) the compiler may assume that neither exists, and the results would be
+// silently wrong.
+#if defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__
+#error "surfattn needs infinities and NaN: compile without -ffast-math and -ffinite-math-only"
+#endif
+
+#if !EIGEN_VERSION_AT_LEAST(3, 4, 0)
+#error "surfattn needs Eigen 3.4 or newer"
+#endif
+
+/// Marks the small functions that must disappear into the loops that call them: the tile products
+/// keep their accumulators in registers only if they are inlined whole.
+#define SURFATTN_ALWAYS_INLINE EIGEN_ALWAYS_INLINE
+
+/// Before a loop of constant length: unroll it whole at every optimisation level, so that the
+/// arrays it indexes live in registers.
+#if defined(__clang__)
+#define SURFATTN_UNROLL _Pragma("clang loop unroll(full)")
+#elif defined(__GNUC__)
+#define SURFATTN_UNROLL _Pragma("GCC unroll 32")
+#else
+#define SURFATTN_UNROLL
+#endif
