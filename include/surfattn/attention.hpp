@@ -1,0 +1,191 @@
+// surfattn layer 5: scaled dot-product attention in its standard form
+
+#pragma once
+
+#include <surfattn/detail/adapter.hpp>
+#include <surfattn/options.hpp>
+#include <surfattn/terms.hpp>
+#include <surfattn/types.hpp>
+#include <surfattn/workspace.hpp>
+
+namespace surfattn {
+namespace detail {
+
+/// Views and sizes of a call in the standard form, checked.
+template <class Queries, class Keys, class Values>
+Operands<scalar_t<Queries>> attention_operands(const Queries& queries, const Keys& keys,
+                                               const Values& values, const Options& options,
+                                               const Require& require) {
+  using Scalar = scalar_t<Queries>;
+  Operands<Scalar> operands;
+  operands.shape = require.shapes(extent(queries), extent(keys), extent(values), options.heads);
+  require.finite("scale", options.scale);
+  operands.queries = view(queries);
+  operands.keys = view(keys);
+  operands.values = view(values);
+  operands.scale = scale_or_default<Scalar>(options.scale, operands.shape.head_dim);
+  return operands;
+}
+
+}  // namespace detail
+
+/// Bytes of workspace that `attention_into` and `attention_forward_into` (Pass::forward) or
+/// `attention_backward_into` (Pass::backward) need for these arguments. It grows with the head
+/// widths and not with the number of queries or keys, beyond one block of them.
+template <class Queries, class Keys, class Values>
+std::size_t workspace_size(Pass pass, const Queries& queries, const Keys& keys,
+                           const Values& values,
+                           const Options& options = {}) requires(detail::DenseMatrix<Values>) {
+  const auto shape = detail::Require("workspace_size")
+                         .shapes(detail::extent(queries), detail::extent(keys),
+                                 detail::extent(values), options.heads);
+  return detail::workspace_size<detail::scalar_t<Queries>>(pass, shape, false, options.executor);
+}
+
+/// O = softmax(β·Q·Kᵀ)·V into `out`, without allocating: `attention` for callers who own the
+/// memory.
+///
+/// Inputs must be stored matrices (an expression is evaluated first, and that allocates). `out`, Tq
+/// × (Hq·dv), may have any storage and must not overlap the inputs. `workspace` needs
+/// workspace_size(Pass::forward, queries, keys, values, options) bytes.
+template <class Queries, class Keys, class Values, class Out, class... Terms>
+void attention_into(const Queries& queries, const Keys& keys, const Values& values, Out&& out,
+                    const Workspace& workspace, const Options& options = {},
+                    const Terms&... terms) {
+  detail::check_inputs_at_compile_time<Queries, Keys, Values>();
+  detail::check_outputs_at_compile_time<detail::scalar_t<Queries>, Out>();
+  constexpr detail::Require require("attention");
+  const auto& q = detail::stored(queries);
+  const auto& k = detail::stored(keys);
+  const auto& v = detail::stored(values);
+  detail::run_forward(detail::attention_operands(q, k, v, options, require),
+                      {detail::view(out), {}}, workspace, options.executor, require, terms...);
+}
+
+/// `attention_into` that also writes log_sum_exp, Tq × Hq, which the backward pass needs.
+template <class Queries, class Keys, class Values, class Out, class LogSumExp, class... Terms>
+void attention_forward_into(const Queries& queries, const Keys& keys, const Values& values,
+                            Out&& out, LogSumExp&& log_sum_exp, const Workspace& workspace,
+                            const Options& options = {}, const Terms&... terms) {
+  detail::check_inputs_at_compile_time<Queries, Keys, Values>();
+  detail::check_outputs_at_compile_time<detail::scalar_t<Queries>, Out, LogSumExp>();
+  constexpr detail::Require require("attention_forward");
+  const auto& q = detail::stored(queries);
+  const auto& k = detail::stored(keys);
+  const auto& v = detail::stored(values);
+  detail::run_forward(detail::attention_operands(q, k, v, options, require),
+                      {detail::view(out), detail::view(log_sum_exp)}, workspace, options.executor,
+                      require, terms...);
+}
+
+/// Gradients of a loss with respect to queries, keys and values into matrices of their shapes,
+/// without allocating.
+///
+/// `out` and `log_sum_exp` are what attention_forward_into wrote for the same inputs, options and
+/// terms; `grad_out` is ∂loss/∂out. Every gradient is overwritten. `workspace` needs
+/// workspace_size(Pass::backward, queries, keys, values, options) bytes.
+template <class Queries, class Keys, class Values, class Out, class LogSumExp, class GradOut,
+          class GradQueries, class GradKeys, class GradValues, class... Terms>
+void attention_backward_into(const Queries& queries, const Keys& keys, const Values& values,
+                             const Out& out, const LogSumExp& log_sum_exp, const GradOut& grad_out,
+                             GradQueries&& grad_queries, GradKeys&& grad_keys,
+                             GradValues&& grad_values, const Workspace& workspace,
+                             const Options& options = {}, const Terms&... terms) {
+  using Scalar = detail::scalar_t<Queries>;
+  detail::check_inputs_at_compile_time<Queries, Keys, Values, Out, LogSumExp, GradOut>();
+  detail::check_outputs_at_compile_time<Scalar, GradQueries, GradKeys, GradValues>();
+  constexpr detail::Require require("attention_backward");
+  const auto& q = detail::stored(queries);
+  const auto& k = detail::stored(keys);
+  const auto& v = detail::stored(values);
+  const auto& o = detail::stored(out);
+  const auto& l = detail::stored(log_sum_exp);
+  const auto& g = detail::stored(grad_out);
+  const detail::Upstream<Scalar> upstream{detail::view(o), detail::view(l), detail::view(g)};
+  const detail::GradientOutputs<Scalar> gradients{
+      detail::view(grad_queries), detail::view(grad_keys), detail::view(grad_values), {}};
+  detail::run_backward(detail::attention_operands(q, k, v, options, require), upstream, gradients,
+                       workspace, options.executor, require, terms...);
+}
+
+/// Scaled dot-product attention (Vaswani et al. 2017, arXiv:1706.03762): for each query head,
+///
+///     S_ij = β·q_i·k_j,
+///     W_i = softmax of S_i over the keys that every term lets query i see,
+///     out_i = Σ_j W_ij·v_j.
+///
+/// `queries` is Tq × (Hq·d), `keys` Tk × (Hkv·d), `values` Tk × (Hkv·dv): any Eigen matrix
+/// expression of float, double or long double, in any storage. Tokens are rows, heads are blocks of
+/// columns (see Heads). β is options.scale, 1/√d by default. Returns Tq × (Hq·dv). A query that
+/// sees no key gets 0. A NaN or an infinity reaches the outputs that see it and no other.
+///
+/// Allocates the result and a workspace of O(block) numbers (a few hundred rows), never Tq × Tk.
+/// Time O(Hq·Tq·Tk·(d + dv)), less the tiles that the terms leave empty. A mistake in a shape is
+/// reported before anything is computed, through the error handler: std::invalid_argument by
+/// default.
+template <class Queries, class Keys, class Values, class... Terms>
+auto attention(const Queries& queries, const Keys& keys, const Values& values,
+               const Options& options = {}, const Terms&... terms) {
+  using Scalar = detail::scalar_t<Queries>;
+  detail::check_inputs_at_compile_time<Queries, Keys, Values>();
+  const auto shape = detail::Require("attention")
+                         .shapes(detail::extent(queries), detail::extent(keys),
+                                 detail::extent(values), options.heads);
+  auto out = detail::matrix<Scalar>(shape.out_extent());
+  attention_into(
+      queries, keys, values, out,
+      Workspace(detail::workspace_size<Scalar>(Pass::forward, shape, false, options.executor)),
+      options, terms...);
+  return out;
+}
+
+/// `attention`, and with it what the backward pass needs: returns {out, log_sum_exp}, where
+/// log_sum_exp_i = log Σ_j exp S_ij (Tq × Hq, −∞ for a query that sees no key).
+template <class Queries, class Keys, class Values, class... Terms>
+auto attention_forward(const Queries& queries, const Keys& keys, const Values& values,
+                       const Options& options = {}, const Terms&... terms) {
+  using Scalar = detail::scalar_t<Queries>;
+  detail::check_inputs_at_compile_time<Queries, Keys, Values>();
+  const auto shape = detail::Require("attention_forward")
+                         .shapes(detail::extent(queries), detail::extent(keys),
+                                 detail::extent(values), options.heads);
+  Forward<Scalar> forward{detail::matrix<Scalar>(shape.out_extent()),
+                          detail::matrix<Scalar>(shape.log_sum_exp_extent())};
+  attention_forward_into(
+      queries, keys, values, forward.out, forward.log_sum_exp,
+      Workspace(detail::workspace_size<Scalar>(Pass::forward, shape, false, options.executor)),
+      options, terms...);
+  return forward;
+}
+
+/// Gradients of a loss with respect to queries, keys and values, given grad_out = ∂loss/∂out, Tq ×
+/// (Hq·dv):
+///
+///     dP = dO·Vᵀ,   D_i = dO_i·O_i,   dS = W∘(dP − D),
+///     dQ = β·dS·K,   dK = β·dSᵀ·Q,   dV = Wᵀ·dO,
+///
+/// summed over the query heads that share a key/value head. W is recomputed from
+/// forward.log_sum_exp, so `forward` must come from attention_forward with the same inputs, options
+/// and terms. A query that sees no key gets and gives gradient 0; so does a key that no query sees.
+/// Allocates the three gradients and a workspace of O(block) numbers. Time O(Hq·Tq·Tk·(3d + 2dv)).
+/// Errors as for `attention`.
+template <class Queries, class Keys, class Values, class Scalar, class GradOut, class... Terms>
+auto attention_backward(const Queries& queries, const Keys& keys, const Values& values,
+                        const Forward<Scalar>& forward, const GradOut& grad_out,
+                        const Options& options = {}, const Terms&... terms) {
+  detail::check_inputs_at_compile_time<Queries, Keys, Values, Matrix<Scalar>, GradOut>();
+  const auto shape = detail::Require("attention_backward")
+                         .shapes(detail::extent(queries), detail::extent(keys),
+                                 detail::extent(values), options.heads);
+  AttentionGradients<Scalar> gradients{detail::matrix<Scalar>(shape.queries_extent()),
+                                       detail::matrix<Scalar>(shape.keys_extent()),
+                                       detail::matrix<Scalar>(shape.values_extent())};
+  attention_backward_into(
+      queries, keys, values, forward.out, forward.log_sum_exp, grad_out, gradients.queries,
+      gradients.keys, gradients.values,
+      Workspace(detail::workspace_size<Scalar>(Pass::backward, shape, false, options.executor)),
+      options, terms...);
+  return gradients;
+}
+
+}  // namespace surfattn

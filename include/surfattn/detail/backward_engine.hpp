@@ -1,0 +1,459 @@
+// surfattn layer 4: the backward pass of both forms
+
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <memory>
+#include <surfattn/detail/operands.hpp>
+#include <surfattn/detail/score_tile.hpp>
+#include <surfattn/detail/tiling.hpp>
+#include <surfattn/executor.hpp>
+#include <surfattn/workspace.hpp>
+
+namespace surfattn::detail {
+
+/// A product operand in two packed forms: rows as they are for a left operand, and zero-padded
+/// panels for a right operand.
+template <class Accumulator>
+struct PackedTile {
+  Accumulator* rows = nullptr;
+  Accumulator* panels = nullptr;
+  simd::NonFiniteRows non_finite;
+};
+
+/// Packed keys and gradient sums of one key tile of the block.
+template <class Accumulator>
+struct KeyTileBuffers {
+  Accumulator* transposed_keys;
+  Accumulator* transposed_values;
+  Accumulator* key_panels;
+  simd::NonFiniteRows non_finite_keys;
+  Accumulator* key_bias;
+  Accumulator* grad_keys;
+  Accumulator* grad_values;
+  Accumulator* grad_key_bias;
+};
+
+/// Buffers of one task; over an empty arena, their size.
+template <class Accumulator>
+struct BackwardBuffers {
+  static constexpr Index max_key_tiles = 4;
+
+  Index key_stride;
+  Index value_stride;
+  Index score_stride;
+  KeyTileBuffers<Accumulator> key_tiles[max_key_tiles];
+  PackedTile<Accumulator> queries;
+  PackedTile<Accumulator> grad_out;
+  Accumulator* query_bias;
+  Accumulator* log_sum_exp;
+  Accumulator* delta;
+  Accumulator* grad_queries;
+  Accumulator* weights;
+  Accumulator* grad_scores;
+
+  BackwardBuffers(Arena& arena, const Shape& shape, const Tiling& tiling, bool values_are_keys)
+      : key_stride(simd::padded<Accumulator>(shape.head_dim)),
+        value_stride(simd::padded<Accumulator>(shape.value_dim)),
+        score_stride(detail::score_stride<Accumulator>(tiling.key_tile)) {
+    for (auto& tile : key_tiles)
+      take_key_tile(arena, shape, tiling.key_tile, values_are_keys, tile);
+    take_query_tile(arena, tiling.query_tile);
+    weights = arena.take<Accumulator>(tiling.query_tile * score_stride);
+    grad_scores = arena.take<Accumulator>(tiling.query_tile * score_stride);
+  }
+
+ private:
+  void take_key_tile(Arena& arena, const Shape& shape, Index keys, bool values_are_keys,
+                     KeyTileBuffers<Accumulator>& tile) {
+    const Index padded_keys = simd::padded<Accumulator>(keys);
+    tile.transposed_keys = arena.take<Accumulator>(padded_keys * shape.head_dim);
+    tile.transposed_values = values_are_keys
+                                 ? tile.transposed_keys
+                                 : arena.take<Accumulator>(padded_keys * shape.value_dim);
+    tile.key_panels = arena.take<Accumulator>(keys * key_stride);
+    tile.non_finite_keys.rows = arena.take<Index>(keys);
+    tile.key_bias = arena.take<Accumulator>(padded_keys);
+    tile.grad_keys = arena.take<Accumulator>(keys * key_stride);
+    tile.grad_values =
+        values_are_keys ? tile.grad_keys : arena.take<Accumulator>(keys * value_stride);
+    tile.grad_key_bias = arena.take<Accumulator>(padded_keys);
+  }
+
+  void take_query_tile(Arena& arena, Index rows) {
+    queries.rows = arena.take<Accumulator>(rows * key_stride);
+    queries.panels = arena.take<Accumulator>(rows * key_stride);
+    queries.non_finite.rows = arena.take<Index>(rows);
+    grad_out.rows = arena.take<Accumulator>(rows * value_stride);
+    grad_out.panels = arena.take<Accumulator>(rows * value_stride);
+    grad_out.non_finite.rows = arena.take<Index>(rows);
+    query_bias = arena.take<Accumulator>(rows);
+    log_sum_exp = arena.take<Accumulator>(rows);
+    delta = arena.take<Accumulator>(rows);
+    grad_queries = arena.take<Accumulator>(rows * key_stride);
+  }
+};
+
+/// How many runs of queries a task has added its part of dQ to.
+using Turn = std::atomic<Index>;
+
+/// Blocks of keys add to the same rows of dQ. They do so in the order of the blocks, so that the
+/// sums have the same bits on any number of threads: each waits until the block before it has
+/// passed the rows. That block has begun (items are taken in order), so the wait ends.
+struct Turns {
+  Turn* own;
+  Turn* before;  ///< of the block before; null for the first
+
+  void wait_for(Index turn) const {
+    if (!before) return;
+    for (Index passed = before->load(std::memory_order_acquire); passed <= turn;
+         passed = before->load(std::memory_order_acquire)) {
+      before->wait(passed, std::memory_order_acquire);
+    }
+  }
+
+  void pass(Index turn) const {
+    own->store(turn + 1, std::memory_order_release);
+    own->notify_all();
+  }
+};
+
+/// One block of keys of one key/value head, against all queries of all query heads that share it.
+/// Weights are recomputed from the log-sum-exp, as in FlashAttention (Dao et al. 2022,
+/// arXiv:2205.14135, Algorithm 4). For each tile, each line beside the forward line that it
+/// differentiates:
+///
+///     S = scale·Q·Kᵀ + a + b,   W = exp(S − L)
+///     O = W·V                   dP = dO·Vᵀ,   dV += Wᵀ·dO
+///     W = softmax(S)            dS = W∘(dP − D),   D_i = dO_i·O_i
+///     b_j                       c_j += Σ_i dS_ij
+///     S = scale·Q·Kᵀ            dQ += scale·dS·K,   dK += dSᵀ·(scale·Q)
+///     b_j = w‖k_j‖² + …         dk_j += 2w·c_j·k_j     (once, at the end)
+///
+/// where the values are the keys, dV is added into dK.
+template <class Scalar, class Terms>
+class BackwardTask {
+  using Accumulator = accumulator_t<Scalar>;
+
+ public:
+  BackwardTask(const Operands<Scalar>& operands, const Terms& terms, const Tiling& tiling,
+               const Upstream<Scalar>& upstream, const GradientOutputs<Scalar>& gradients,
+               BackwardBuffers<Accumulator>& buffers, Index key_value_head, Index first_key,
+               Turns turns)
+      : operands_(operands),
+        shape_(operands.shape),
+        terms_(terms),
+        tiling_(tiling),
+        upstream_(upstream),
+        gradients_(gradients),
+        buffers_(buffers),
+        key_value_head_(key_value_head),
+        first_key_(first_key),
+        turns_(turns),
+        keys_(std::min(tiling.block, operands.shape.keys - first_key)) {}
+
+  void run() {
+    load_keys();
+    const Index runs = blocks(shape_.queries, tiling_.query_tile);
+    for (Index turn = 0; turn < shape_.group() * runs; ++turn) {
+      const Index first_query = turn % runs * tiling_.query_tile;
+      visit_queries(key_value_head_ * shape_.group() + turn / runs, first_query,
+                    std::min(tiling_.query_tile, shape_.queries - first_query), turn);
+    }
+    store_keys();
+  }
+
+ private:
+  Index first_key_of(Index key_tile) const { return first_key_ + key_tile * tiling_.key_tile; }
+  Index keys_of(Index key_tile) const {
+    return std::min(tiling_.key_tile, keys_ - key_tile * tiling_.key_tile);
+  }
+  Index key_tiles() const { return blocks(keys_, tiling_.key_tile); }
+
+  MatrixView<const Scalar> key_rows(Index key_tile) const {
+    return operands_.key_head(key_value_head_)
+        .block_rows(first_key_of(key_tile), keys_of(key_tile));
+  }
+
+  void load_keys() {
+    for (Index n = 0; n < key_tiles(); ++n) load_key_tile(n, buffers_.key_tiles[n]);
+  }
+
+  void load_key_tile(Index n, KeyTileBuffers<Accumulator>& tile) {
+    const Index keys = keys_of(n);
+    const auto rows = key_rows(n);
+    simd::pack_transposed(rows, tile.transposed_keys);
+    simd::pack_panels(rows, Accumulator(1), tile.key_panels, keys * simd::panel_width<Accumulator>,
+                      tile.non_finite_keys);
+    fill_key_bias(operands_, key_value_head_, first_key_of(n), rows, tile.key_bias);
+    std::fill(tile.grad_keys, tile.grad_keys + keys * buffers_.key_stride, Accumulator(0));
+    std::fill(tile.grad_key_bias, tile.grad_key_bias + simd::padded<Accumulator>(keys),
+              Accumulator(0));
+    if (operands_.values_are_keys) return;
+    simd::pack_transposed(operands_.value_head(key_value_head_).block_rows(first_key_of(n), keys),
+                          tile.transposed_values);
+    std::fill(tile.grad_values, tile.grad_values + keys * buffers_.value_stride, Accumulator(0));
+  }
+
+  /// All tiles of one run of queries. The queries are packed when the first tile that is not empty
+  /// needs them.
+  void visit_queries(Index head, Index first_query, Index queries, Index turn) {
+    bool packed = false;
+    for (Index n = 0; n < key_tiles(); ++n) {
+      const Tile tile{head, first_query, queries, first_key_of(n), keys_of(n)};
+      const Coverage coverage = terms_.coverage(tile);
+      if (coverage == Coverage::empty) continue;
+      if (!packed) load_queries(tile);
+      packed = true;
+      visit_tile(tile, coverage, buffers_.key_tiles[n], key_rows(n));
+    }
+    turns_.wait_for(turn);
+    if (packed) add_to_grad_queries(head, first_query, queries);
+    turns_.pass(turn);
+  }
+
+  MatrixView<const Scalar> query_rows(const Tile& tile) const {
+    return operands_.query_head(tile.head).block_rows(tile.first_query, tile.queries);
+  }
+
+  MatrixView<const Scalar> out_rows(MatrixView<const Scalar> outs, const Tile& tile) const {
+    return outs.block_cols(tile.head * shape_.value_dim, shape_.value_dim)
+        .block_rows(tile.first_query, tile.queries);
+  }
+
+  void load_queries(const Tile& tile) {
+    constexpr Index width = simd::panel_width<Accumulator>;
+    const auto queries = query_rows(tile);
+    const auto grad_out = out_rows(upstream_.grad_out, tile);
+    pack_query_tile(operands_, queries, buffers_.queries.rows, buffers_.query_bias);
+    simd::pack_panels(queries, operands_.scale, buffers_.queries.panels, tile.queries * width,
+                      buffers_.queries.non_finite);
+    simd::pack_rows(grad_out, Accumulator(1), buffers_.grad_out.rows);
+    simd::pack_panels(grad_out, Accumulator(1), buffers_.grad_out.panels, tile.queries * width,
+                      buffers_.grad_out.non_finite);
+    load_row_statistics(tile, grad_out, out_rows(upstream_.out, tile));
+    std::fill(buffers_.grad_queries, buffers_.grad_queries + tile.queries * buffers_.key_stride,
+              Accumulator(0));
+  }
+
+  /// L_i, in units of ln 2, and D_i = dO_i·O_i. A row that saw no key has L = −∞; any finite number
+  /// in its place gives it weights exp(−∞) = 0.
+  void load_row_statistics(const Tile& tile, MatrixView<const Scalar> grad_out,
+                           MatrixView<const Scalar> out) {
+    for (Index i = 0; i < tile.queries; ++i) {
+      const auto log_sum_exp =
+          static_cast<Accumulator>(upstream_.log_sum_exp(tile.first_query + i, tile.head));
+      const bool sees_a_key = log_sum_exp != simd::minus_infinity<Accumulator>;
+      buffers_.log_sum_exp[i] =
+          sees_a_key ? log_sum_exp * simd::log2_e<Accumulator> : Accumulator(0);
+    }
+    simd::row_products(grad_out, out, buffers_.delta);
+  }
+
+  void visit_tile(const Tile& tile, Coverage coverage, KeyTileBuffers<Accumulator>& keys,
+                  MatrixView<const Scalar> key_rows) {
+    const simd::Tile<Accumulator> weights{buffers_.weights, buffers_.score_stride};
+    const simd::Tile<Accumulator> grad_scores{buffers_.grad_scores, buffers_.score_stride};
+    score_tile(tile, shape_.head_dim,
+               {buffers_.queries.rows, buffers_.key_stride, buffers_.query_bias},
+               {keys.transposed_keys, keys.key_bias}, weights);
+    if (coverage == Coverage::partial)
+      terms_.hide(tile, weights.data, weights.row_stride, simd::minus_infinity<Accumulator>);
+    simd::set_product<Accumulator>(
+        tile.queries, tile.keys, shape_.value_dim,
+        {buffers_.grad_out.rows, buffers_.value_stride, 1},
+        {keys.transposed_values, shape_.value_dim * simd::panel_width<Accumulator>}, grad_scores);
+    differentiate_softmax(tile, weights, grad_scores);
+    if (coverage == Coverage::partial) {
+      // By selection: a row whose score is NaN in sight of one key has NaN for every weight.
+      terms_.hide(tile, weights.data, weights.row_stride, Accumulator(0));
+      terms_.hide(tile, grad_scores.data, grad_scores.row_stride, Accumulator(0));
+    }
+    add_to_gradients(tile, weights, grad_scores, keys, key_rows);
+  }
+
+  /// S → W = 2^(S − L) and dP → dS = W∘(dP − D), in place.
+  void differentiate_softmax(const Tile& tile, simd::Tile<Accumulator> weights,
+                             simd::Tile<Accumulator> grad_scores) {
+    const Index padded_keys = simd::padded<Accumulator>(tile.keys);
+    for (Index i = 0; i < tile.queries; ++i) {
+      Accumulator* weight_row = weights.data + i * weights.row_stride;
+      simd::exp2_row(weight_row, padded_keys, buffers_.log_sum_exp[i]);
+      simd::softmax_gradient_row(weight_row, grad_scores.data + i * grad_scores.row_stride,
+                                 padded_keys, buffers_.delta[i]);
+    }
+  }
+
+  void add_to_gradients(const Tile& tile, simd::Tile<Accumulator> weights,
+                        simd::Tile<Accumulator> grad_scores, KeyTileBuffers<Accumulator>& keys,
+                        MatrixView<const Scalar> key_rows) {
+    const simd::Tile<Accumulator> grad_queries{buffers_.grad_queries, buffers_.key_stride};
+    const simd::Tile<Accumulator> grad_keys{keys.grad_keys, buffers_.key_stride};
+    const simd::Tile<Accumulator> grad_values{
+        keys.grad_values, operands_.values_are_keys ? buffers_.key_stride : buffers_.value_stride};
+    // dQ += dS·K, still without the scale
+    add_weighted_rows<false>(tile, grad_scores, tile.queries, keys.key_panels, keys.non_finite_keys,
+                             key_rows, Accumulator(1), grad_queries);
+    // dV += Wᵀ·dO
+    add_weighted_rows<true>(tile, weights, tile.keys, buffers_.grad_out.panels,
+                            buffers_.grad_out.non_finite, out_rows(upstream_.grad_out, tile),
+                            Accumulator(1), grad_values);
+    // dK += dSᵀ·(scale·Q)
+    add_weighted_rows<true>(tile, grad_scores, tile.keys, buffers_.queries.panels,
+                            buffers_.queries.non_finite, query_rows(tile), operands_.scale,
+                            grad_keys);
+    if (gradients_.key_bias || operands_.key_norm_weight != Accumulator(0)) {
+      for (Index i = 0; i < tile.queries; ++i) {
+        simd::add_row(grad_scores.data + i * grad_scores.row_stride, keys.grad_key_bias,
+                      simd::padded<Accumulator>(tile.keys));
+      }
+    }
+  }
+
+  /// c += A·B, or Aᵀ·B where `transposed`, for the coefficients A of one tile (queries × keys) and
+  /// the packed rows B, which lie at `source`, times `factor`.
+  template <bool transposed>
+  void add_weighted_rows(const Tile& tile, simd::Tile<Accumulator> coefficients, Index rows,
+                         const Accumulator* panels, const simd::NonFiniteRows& non_finite,
+                         MatrixView<const Scalar> source, Accumulator factor,
+                         simd::Tile<Accumulator> c) {
+    const Index stride = coefficients.row_stride;
+    const simd::LeftOperand<Accumulator> left{coefficients.data, transposed ? 1 : stride,
+                                              transposed ? stride : 1};
+    simd::add_product<Accumulator>(rows, source.cols, source.rows, left,
+                                   {panels, source.rows * simd::panel_width<Accumulator>}, c);
+    add_non_finite_rows(
+        non_finite, source, factor, rows, c,
+        [&](Index r, Index b) { return left.data[r * left.row_stride + b * left.depth_stride]; },
+        [&](Index r, Index b) {
+          return terms_.allows(tile.first_query + (transposed ? b : r),
+                               tile.first_key + (transposed ? r : b));
+        });
+  }
+
+  void add_to_grad_queries(Index head, Index first_query, Index queries) {
+    const auto out = gradients_.queries.block_cols(head * shape_.head_dim, shape_.head_dim)
+                         .block_rows(first_query, queries);
+    for (Index i = 0; i < queries; ++i) {
+      simd::write_row<simd::Store::add>(buffers_.grad_queries + i * buffers_.key_stride,
+                                        operands_.scale, out, i);
+    }
+  }
+
+  void store_keys() {
+    const auto grad_keys =
+        gradients_.keys.block_cols(key_value_head_ * shape_.head_dim, shape_.head_dim);
+    for (Index n = 0; n < key_tiles(); ++n) {
+      KeyTileBuffers<Accumulator>& tile = buffers_.key_tiles[n];
+      add_norm_gradient(n, tile);
+      store_rows(tile.grad_keys, buffers_.key_stride,
+                 grad_keys.block_rows(first_key_of(n), keys_of(n)));
+      if (!operands_.values_are_keys) {
+        const auto grad_values =
+            gradients_.values->block_cols(key_value_head_ * shape_.value_dim, shape_.value_dim);
+        store_rows(tile.grad_values, buffers_.value_stride,
+                   grad_values.block_rows(first_key_of(n), keys_of(n)));
+      }
+      if (!gradients_.key_bias) continue;
+      for (Index j = 0; j < keys_of(n); ++j) {
+        (*gradients_.key_bias)(first_key_of(n) + j, key_value_head_) =
+            static_cast<Scalar>(tile.grad_key_bias[j]);
+      }
+    }
+  }
+
+  /// dk_j += 2w·c_j·k_j. A key that nobody sees has c_j = 0, and then whatever it holds must not
+  /// come through.
+  void add_norm_gradient(Index n, KeyTileBuffers<Accumulator>& tile) {
+    if (operands_.key_norm_weight == Accumulator(0)) return;
+    const auto rows = key_rows(n);
+    for (Index j = 0; j < rows.rows; ++j) {
+      if (tile.grad_key_bias[j] == Accumulator(0)) continue;
+      const Accumulator factor = 2 * operands_.key_norm_weight * tile.grad_key_bias[j];
+      Accumulator* row = tile.grad_keys + j * buffers_.key_stride;
+      for (Index c = 0; c < rows.cols; ++c) row[c] += factor * static_cast<Accumulator>(rows(j, c));
+    }
+  }
+
+  static void store_rows(const Accumulator* from, Index stride, MatrixView<Scalar> to) {
+    for (Index j = 0; j < to.rows; ++j)
+      simd::write_row<simd::Store::set>(from + j * stride, Accumulator(1), to, j);
+  }
+
+  const Operands<Scalar>& operands_;
+  const Shape& shape_;
+  const Terms& terms_;
+  const Tiling& tiling_;
+  const Upstream<Scalar>& upstream_;
+  const GradientOutputs<Scalar>& gradients_;
+  BackwardBuffers<Accumulator>& buffers_;
+  Index key_value_head_;
+  Index first_key_;
+  Turns turns_;
+  Index keys_;
+};
+
+template <class Scalar>
+void set_zero(MatrixView<Scalar> view) {
+  for (Index i = 0; i < view.rows; ++i) {
+    for (Index c = 0; c < view.cols; ++c) view(i, c) = Scalar(0);
+  }
+}
+
+/// How a backward pass is shared out: one item for each block of keys of each key/value head, and a
+/// counter of turns for each item.
+template <class Scalar>
+struct BackwardPlan {
+  Shape shape;
+  Tiling tiling;
+  bool values_are_keys;
+  Index items;
+  Index workers;
+  std::size_t bytes_per_worker;
+  std::size_t bytes_of_turns;
+
+  BackwardPlan(const Shape& problem, const Tiling& cut, bool shared, const Executor* executor)
+      : shape(problem),
+        tiling(cut),
+        values_are_keys(shared),
+        items(shape.key_value_heads * blocks(shape.keys, tiling.block)),
+        workers(detail::workers(executor, items)) {
+    Arena counter, turns;
+    BackwardBuffers<accumulator_t<Scalar>>(counter, shape, tiling, values_are_keys);
+    bytes_per_worker = counter.used();
+    turns.take<Turn>(items);
+    bytes_of_turns = turns.used();
+  }
+
+  std::size_t workspace_size() const {
+    return Arena::alignment + bytes_of_turns + static_cast<std::size_t>(workers) * bytes_per_worker;
+  }
+};
+
+/// All gradients of one problem, every output written.
+template <class Scalar, class Terms>
+void backward(const Operands<Scalar>& operands, const Terms& terms,
+              const BackwardPlan<Scalar>& plan, const Upstream<Scalar>& upstream,
+              const GradientOutputs<Scalar>& gradients, const Workspace& workspace,
+              Executor* executor) {
+  Turn* turns = Arena(workspace).take<Turn>(plan.items);
+  std::uninitialized_value_construct_n(turns, plan.items);
+  set_zero(gradients.queries);
+  const Index blocks_per_head = blocks(plan.shape.keys, plan.tiling.block);
+  share_items(executor, plan.workers, [&](Index worker, const auto& take) {
+    Arena arena(workspace,
+                plan.bytes_of_turns + static_cast<std::size_t>(worker) * plan.bytes_per_worker);
+    BackwardBuffers<accumulator_t<Scalar>> buffers(arena, plan.shape, plan.tiling,
+                                                   plan.values_are_keys);
+    for (Index item = take(); item < plan.items; item = take()) {
+      const Index block = item % blocks_per_head;
+      BackwardTask<Scalar, Terms>(operands, terms, plan.tiling, upstream, gradients, buffers,
+                                  item / blocks_per_head, block * plan.tiling.block,
+                                  {turns + item, block > 0 ? turns + item - 1 : nullptr})
+          .run();
+    }
+  });
+}
+
+}  // namespace surfattn::detail

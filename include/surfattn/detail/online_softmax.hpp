@@ -1,0 +1,59 @@
+// surfattn layer 4: softmax over keys that arrive tile by tile
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <surfattn/detail/simd/row_operations.hpp>
+#include <surfattn/types.hpp>
+
+namespace surfattn::detail {
+
+/// The running softmax of some rows (Milakov and Gimelshein 2018, arXiv:1805.02867). Over the keys
+/// met so far, for each row:
+///
+///     m = max_j S_j,   l = Σ_j 2^(S_j − m),   o = Σ_j 2^(S_j − m)·v_j,
+///
+/// with S in units of ln 2, so that the output is o/l and the log-sum-exp ln2·(m + log₂ l). Before
+/// the first key m = −∞, l = 0, o = 0.
+template <class Accumulator>
+struct OnlineSoftmax {
+  Accumulator* maximum = nullptr;
+  Accumulator* sum = nullptr;
+
+  void reset(Index rows) const {
+    std::fill(maximum, maximum + rows, simd::minus_infinity<Accumulator>);
+    std::fill(sum, sum + rows, Accumulator(0));
+  }
+
+  /// Takes in one row of scores and turns it into weights 2^(S − m); `out` is rescaled to the new
+  /// maximum. While every score so far is −∞ the shift is 0, so that the weights are 0 and not NaN.
+  void update(Index row, Accumulator* scores, Index padded_keys, Accumulator* out,
+              Index padded_dim) const {
+    const Accumulator before = maximum[row];
+    const Accumulator now = std::max(before, simd::row_maximum(scores, padded_keys));
+    const Accumulator shift = now == simd::minus_infinity<Accumulator> ? Accumulator(0) : now;
+    const Accumulator added = simd::exp2_row(scores, padded_keys, shift);
+    if (before != now) {
+      const Accumulator correction = std::exp2(before - shift);
+      simd::scale_row(out, padded_dim, correction);
+      sum[row] *= correction;
+    }
+    sum[row] += added;
+    maximum[row] = now;
+  }
+
+  /// ln2·(m + log₂ l); −∞ where no key was seen.
+  Accumulator log_sum_exp(Index row) const {
+    return sum[row] == Accumulator(0)
+               ? simd::minus_infinity<Accumulator>
+               : (maximum[row] + std::log2(sum[row])) * simd::ln_2<Accumulator>;
+  }
+
+  /// 1/l, which turns o into the output; 0 where no key was seen.
+  Accumulator normaliser(Index row) const {
+    return sum[row] == Accumulator(0) ? Accumulator(0) : 1 / sum[row];
+  }
+};
+
+}  // namespace surfattn::detail

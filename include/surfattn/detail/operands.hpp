@@ -1,0 +1,72 @@
+// surfattn layer 4: what the engine computes with; it knows no form
+
+#pragma once
+
+#include <optional>
+#include <surfattn/detail/require.hpp>
+#include <surfattn/detail/view.hpp>
+
+namespace surfattn::detail {
+
+/// One attention problem, in either form:
+///
+///     S_ij = scale·q_i·k_j + a_i + b_j,   a_i = query_norm_weight·‖q_i‖²,
+///                                         b_j = key_norm_weight·‖k_j‖² + log_prior_j,
+///     W = softmax_j S,   O = W·V.
+///
+/// The standard form has no norms and no prior. The surface form, S_ij = −‖q_i − k_j‖²/(2σ²) + log
+/// π_j, has scale = 1/σ², norm weights −scale/2 and V = K.
+template <class Scalar>
+struct Operands {
+  using Accumulator = accumulator_t<Scalar>;
+
+  Shape shape;
+  MatrixView<const Scalar> queries;
+  MatrixView<const Scalar> keys;
+  MatrixView<const Scalar> values;  ///< the keys once more where `values_are_keys`
+  MatrixView<const Scalar>
+      log_prior;  ///< Tk × Hkv, col_stride 0 where all heads share one; no data where there is none
+  Accumulator scale{1};
+  Accumulator query_norm_weight{0};
+  Accumulator key_norm_weight{0};
+  bool values_are_keys = false;
+
+  bool has_key_bias() const { return key_norm_weight != Accumulator(0) || log_prior.data; }
+
+  MatrixView<const Scalar> query_head(Index head) const {
+    return queries.block_cols(head * shape.head_dim, shape.head_dim);
+  }
+  MatrixView<const Scalar> key_head(Index head) const {
+    return keys.block_cols(head * shape.head_dim, shape.head_dim);
+  }
+  MatrixView<const Scalar> value_head(Index head) const {
+    return values.block_cols(head * shape.value_dim, shape.value_dim);
+  }
+};
+
+/// What the forward pass writes.
+template <class Scalar>
+struct ForwardOutputs {
+  MatrixView<Scalar> out;
+  std::optional<MatrixView<Scalar>> log_sum_exp;  ///< absent where nobody asked for it
+};
+
+/// What the backward pass reads of the forward pass and of the loss.
+template <class Scalar>
+struct Upstream {
+  MatrixView<const Scalar> out;
+  MatrixView<const Scalar> log_sum_exp;
+  MatrixView<const Scalar> grad_out;
+};
+
+/// What the backward pass writes. Where the values are the keys, `keys` receives both parts.
+template <class Scalar>
+struct GradientOutputs {
+  MatrixView<Scalar> queries;
+  MatrixView<Scalar> keys;
+  std::optional<MatrixView<Scalar>> values;  ///< absent where the values are the keys
+  std::optional<MatrixView<Scalar>>
+      key_bias;  ///< c_j = Σ_i dS_ij, Tk × Hkv; absent where nobody asked for it
+};
+
+}  // namespace surfattn::detail

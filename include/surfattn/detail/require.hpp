@@ -1,0 +1,163 @@
+// surfattn layer 1: every check of a public function's arguments, in words
+
+#pragma once
+
+#include <cmath>
+#include <string>
+#include <surfattn/detail/view.hpp>
+#include <surfattn/error.hpp>
+#include <surfattn/options.hpp>
+#include <surfattn/types.hpp>
+#include <tuple>
+
+namespace surfattn::detail {
+
+struct Extent {
+  Index rows = 0;
+  Index cols = 0;
+  bool operator==(const Extent&) const = default;
+};
+
+template <class T>
+Extent extent(const T& matrix) {
+  return {static_cast<Index>(matrix.rows()), static_cast<Index>(matrix.cols())};
+}
+
+template <class Scalar>
+Extent extent(const MatrixView<Scalar>& view) {
+  return {view.rows, view.cols};
+}
+
+inline std::string words(Extent extent) {
+  return std::to_string(extent.rows) + "×" + std::to_string(extent.cols);
+}
+
+/// The sizes of one attention problem, after every check has passed.
+struct Shape {
+  Index queries = 0;          ///< Tq
+  Index keys = 0;             ///< Tk
+  Index head_dim = 0;         ///< d
+  Index value_dim = 0;        ///< dv
+  Index query_heads = 1;      ///< Hq
+  Index key_value_heads = 1;  ///< Hkv
+
+  Index group() const { return query_heads / key_value_heads; }
+  Extent queries_extent() const { return {queries, query_heads * head_dim}; }
+  Extent keys_extent() const { return {keys, key_value_heads * head_dim}; }
+  Extent values_extent() const { return {keys, key_value_heads * value_dim}; }
+  Extent out_extent() const { return {queries, query_heads * value_dim}; }
+  Extent log_sum_exp_extent() const { return {queries, query_heads}; }
+};
+
+/// Says what is wrong in the name of the public function that was called.
+class Require {
+ public:
+  explicit constexpr Require(const char* function) : function_(function) {}
+
+  [[noreturn]] void fail(const std::string& sentence) const {
+    detail::fail(std::string("surfattn::") + function_ + ": " + sentence);
+  }
+
+  void shape(const char* argument, Extent actual, Extent expected, const char* because) const {
+    if (actual == expected) return;
+    fail(std::string(argument) + " is " + words(actual) + " but must be " + words(expected) + " (" +
+         because + ")");
+  }
+
+  Shape shapes(Extent queries, Extent keys, Extent values, const Heads& heads) const {
+    Shape shape;
+    shape.query_heads = heads.query;
+    shape.key_value_heads = heads.key_value.value_or(heads.query);
+    check_heads(shape);
+    shape.queries = queries.rows;
+    shape.keys = keys.rows;
+    shape.head_dim = head_width("queries", queries, shape.query_heads, "query");
+    shape.value_dim = head_width("values", values, shape.key_value_heads, "key/value");
+    const Index key_width = head_width("keys", keys, shape.key_value_heads, "key/value");
+    check_key_width(shape, queries, keys, key_width);
+    if (values.rows != keys.rows) {
+      fail("values must have one row for each key, but values is " + words(values) +
+           " and keys is " + words(keys));
+    }
+    return shape;
+  }
+
+  void positive(const char* name, std::optional<double> value) const {
+    if (!value || (*value > 0 && std::isfinite(*value))) return;
+    fail(std::string(name) + " must be positive and finite, but is " + std::to_string(*value));
+  }
+
+  void finite(const char* name, std::optional<double> value) const {
+    if (!value || std::isfinite(*value)) return;
+    fail(std::string(name) + " must be finite, but is " + std::to_string(*value));
+  }
+
+  /// An explicit prior is Tk × Hkv, or Tk × 1 for all heads, and of the queries' scalar type.
+  template <class Scalar>
+  void key_prior(const KeyPrior& prior, const Shape& shape) const {
+    if (!prior.is_explicit()) return;
+    if (!prior.holds<Scalar>()) {
+      fail("prior must hold log-weights of the same scalar type as queries");
+    }
+    const Extent actual{prior.rows(), prior.cols()};
+    if (actual == Extent{shape.keys, 1} || actual == Extent{shape.keys, shape.key_value_heads})
+      return;
+    fail("prior is " + words(actual) + " but must be " +
+         words({shape.keys, shape.key_value_heads}) + " or " + words({shape.keys, 1}) +
+         " (one log-weight for each key), because keys is " + words(shape.keys_extent()));
+  }
+
+ private:
+  void check_heads(const Shape& shape) const {
+    const bool valid = shape.query_heads > 0 && shape.key_value_heads > 0 &&
+                       shape.query_heads % shape.key_value_heads == 0;
+    if (valid) return;
+    fail("heads.query must be a positive multiple of heads.key_value, but they are " +
+         std::to_string(shape.query_heads) + " and " + std::to_string(shape.key_value_heads));
+  }
+
+  Index head_width(const char* argument, Extent extent, Index heads, const char* kind) const {
+    if (extent.cols % heads != 0) {
+      fail(std::string(argument) + " is " + words(extent) +
+           ", and its columns do not divide into " + std::to_string(heads) + " " + kind + " heads");
+    }
+    return extent.cols / heads;
+  }
+
+  void check_key_width(const Shape& shape, Extent queries, Extent keys, Index key_width) const {
+    if (key_width == shape.head_dim) return;
+    fail("keys must be as wide per head as queries, but queries is " + words(queries) + " (" +
+         std::to_string(shape.query_heads) + " heads of width " + std::to_string(shape.head_dim) +
+         ") and keys is " + words(keys) + " (" + std::to_string(shape.key_value_heads) +
+         " heads of width " + std::to_string(key_width) + ")");
+  }
+
+  const char* function_;
+};
+
+template <class... Matrices>
+constexpr void check_inputs_at_compile_time() {
+  static_assert((DenseMatrix<Matrices> && ...),
+                "surfattn: queries, keys, values and gradients must be dense Eigen matrices");
+  if constexpr ((DenseMatrix<Matrices> && ...)) {
+    using First = scalar_t<std::tuple_element_t<0, std::tuple<Matrices...>>>;
+    static_assert((std::is_same_v<First, scalar_t<Matrices>> && ...),
+                  "surfattn: queries, keys, values and gradients must be of one scalar type; cast "
+                  "them with .cast<T>()");
+    static_assert(is_supported_scalar_v<First>,
+                  "surfattn: the scalar must be float, double or long double; any other scalar "
+                  "runs through surfattn/reference.hpp");
+  }
+}
+
+template <class Scalar, class... Matrices>
+constexpr void check_outputs_at_compile_time() {
+  static_assert((WritableMatrix<Matrices> && ...),
+                "surfattn: an output must be a stored, writable Eigen matrix, map or block");
+  if constexpr ((WritableMatrix<Matrices> && ...)) {
+    static_assert((std::is_same_v<Scalar, scalar_t<Matrices>> && ...),
+                  "surfattn: outputs must be of the scalar type of the inputs");
+  }
+}
+
+}  // namespace surfattn::detail

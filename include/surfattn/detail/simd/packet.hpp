@@ -1,0 +1,142 @@
+// surfattn layer 2: the packets of Eigen; the only file that names Eigen's internals
+
+#pragma once
+
+#include <cstdint>
+#include <limits>
+#include <surfattn/types.hpp>
+#include <type_traits>
+
+/// The vectors of the target, by Eigen's names for them: AVX-512, AVX2, SSE, NEON and plain scalars
+/// all follow from Eigen's packet traits. A `Packet<Scalar>` holds `lanes<Scalar>` numbers.
+/// Everything above this file is written in these few functions.
+namespace surfattn::detail::simd {
+
+template <class Scalar>
+using Packet = typename Eigen::internal::packet_traits<Scalar>::type;
+
+template <class Scalar>
+inline constexpr Index lanes = Eigen::internal::unpacket_traits<Packet<Scalar>>::size;
+
+/// Registers that hold packets; 16 for AVX2 and SSE, 32 for AVX-512 and NEON.
+inline constexpr int registers = EIGEN_ARCH_DEFAULT_NUMBER_OF_REGISTERS;
+
+template <class Scalar>
+SURFATTN_ALWAYS_INLINE Packet<Scalar> broadcast(Scalar value) {
+  return Eigen::internal::pset1<Packet<Scalar>>(value);
+}
+
+/// From an address aligned to the packet's size.
+template <class Scalar>
+SURFATTN_ALWAYS_INLINE Packet<Scalar> load(const Scalar* from) {
+  return Eigen::internal::pload<Packet<Scalar>>(from);
+}
+
+template <class Scalar>
+SURFATTN_ALWAYS_INLINE Packet<Scalar> load_unaligned(const Scalar* from) {
+  return Eigen::internal::ploadu<Packet<Scalar>>(from);
+}
+
+template <class Scalar>
+SURFATTN_ALWAYS_INLINE void store(Scalar* to, Packet<Scalar> packet) {
+  Eigen::internal::pstore(to, packet);
+}
+
+template <class Scalar>
+SURFATTN_ALWAYS_INLINE void store_unaligned(Scalar* to, Packet<Scalar> packet) {
+  Eigen::internal::pstoreu(to, packet);
+}
+
+template <class P>
+SURFATTN_ALWAYS_INLINE P add(P a, P b) {
+  return Eigen::internal::padd(a, b);
+}
+
+template <class P>
+SURFATTN_ALWAYS_INLINE P subtract(P a, P b) {
+  return Eigen::internal::psub(a, b);
+}
+
+template <class P>
+SURFATTN_ALWAYS_INLINE P multiply(P a, P b) {
+  return Eigen::internal::pmul(a, b);
+}
+
+/// a·b + c, fused where the target can.
+template <class P>
+SURFATTN_ALWAYS_INLINE P multiply_add(P a, P b, P c) {
+  return Eigen::internal::pmadd(a, b, c);
+}
+
+template <class P>
+SURFATTN_ALWAYS_INLINE P maximum(P a, P b) {
+  return Eigen::internal::pmax(a, b);
+}
+
+template <class P>
+SURFATTN_ALWAYS_INLINE auto sum(P a) {
+  return Eigen::internal::predux(a);
+}
+
+template <class P>
+SURFATTN_ALWAYS_INLINE auto maximum_of(P a) {
+  return Eigen::internal::predux_max(a);
+}
+
+/// Lane by lane: a < b ? 0 : otherwise. A NaN in a or b keeps `otherwise`.
+template <class Scalar>
+SURFATTN_ALWAYS_INLINE Packet<Scalar> zero_where_less(Packet<Scalar> a, Packet<Scalar> b,
+                                                      Packet<Scalar> otherwise) {
+  if constexpr (lanes<Scalar> == 1) {
+    return a < b ? Scalar(0) : otherwise;
+  } else {
+    return Eigen::internal::pandnot(otherwise, Eigen::internal::pcmp_lt(a, b));
+  }
+}
+
+/// Lane by lane: a = 0 ? 0 : otherwise.
+template <class Scalar>
+SURFATTN_ALWAYS_INLINE Packet<Scalar> zero_where_zero(Packet<Scalar> a, Packet<Scalar> otherwise) {
+  if constexpr (lanes<Scalar> == 1) {
+    return a == Scalar(0) ? Scalar(0) : otherwise;
+  } else {
+    return Eigen::internal::pandnot(otherwise, Eigen::internal::pcmp_eq(a, broadcast(Scalar(0))));
+  }
+}
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored \
+    "-Wignored-attributes"  // of packets as template arguments; none matters
+#endif
+
+/// Numbers of a square block, one packet for each row.
+template <class Scalar>
+struct SquareBlock {
+  Eigen::internal::PacketBlock<Packet<Scalar>, static_cast<int>(lanes<Scalar>)> rows;
+
+  Packet<Scalar>& operator[](Index row) { return rows.packet[row]; }
+
+  SURFATTN_ALWAYS_INLINE void transpose() {
+    if constexpr (lanes < Scalar >> 1) Eigen::internal::ptranspose(rows);
+  }
+};
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
+
+/// 2ⁿ for n in the exponent's normal range, where `biased` = n + 1.5·2^(digits − 1): the integer n
+/// then lies in the low bits of that number, and a shift puts it into the exponent. For targets
+/// that have vectors.
+template <class Scalar>
+SURFATTN_ALWAYS_INLINE Packet<Scalar> power_of_two(Packet<Scalar> biased) {
+  using Integer = std::conditional_t<sizeof(Scalar) == 4, std::uint32_t, std::uint64_t>;
+  typedef Integer Integers __attribute__((vector_size(sizeof(Packet<Scalar>))));
+  constexpr int fraction_bits = std::numeric_limits<Scalar>::digits - 1;
+  constexpr Integer one = Integer(std::numeric_limits<Scalar>::max_exponent - 1) << fraction_bits;
+  return __builtin_bit_cast(Packet<Scalar>,
+                            (__builtin_bit_cast(Integers, biased) << fraction_bits) + one);
+}
+
+}  // namespace surfattn::detail::simd

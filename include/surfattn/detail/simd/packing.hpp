@@ -1,0 +1,148 @@
+// surfattn layer 2: copies strided rows into the aligned, padded layouts of the tile products
+
+#pragma once
+#include <algorithm>
+#include <surfattn/detail/simd/tile_products.hpp>
+#include <surfattn/detail/view.hpp>
+#include <surfattn/workspace.hpp>
+#include <type_traits>
+
+namespace surfattn::detail::simd {
+
+/// Rows of an operand that hold an infinity or a NaN once they are scaled. They are packed as zeros, because a product
+/// over a tile would carry 0·NaN into rows that a mask keeps from seeing them;
+/// `add_non_finite_rows` adds what they contribute where no mask stands in front of them. So finite
+/// rows give the same bits whatever lies behind a mask.
+struct NonFiniteRows {
+  Index* rows = nullptr;
+  Index count = 0;
+};
+
+/// `count` ≤ lanes numbers, `stride` apart, and zeros in the remaining lanes.
+template <class Scalar, class Source>
+SURFATTN_ALWAYS_INLINE Packet<Scalar> gather(const Source* from, Index stride, Index count) {
+  if constexpr (std::is_same_v<Scalar, Source>) {
+    if (stride == 1 && count >= lanes<Scalar>) return load_unaligned(from);
+  }
+  alignas(Arena::alignment) Scalar numbers[lanes<Scalar>] = {};
+  for (Index c = 0; c < std::min(count, lanes<Scalar>); ++c) {
+    numbers[c] = static_cast<Scalar>(from[c * stride]);
+  }
+  return load(numbers);
+}
+
+/// source·factor, row by row, as a left operand: rows are padded(source.cols) apart, padded with
+/// zeros.
+template <class Scalar, class Source>
+void pack_rows(MatrixView<const Source> source, Scalar factor, Scalar* to) {
+  const auto multiplier = broadcast(factor);
+  const Index stride = padded<Scalar>(source.cols);
+  for (Index i = 0; i < source.rows; ++i, to += stride) {
+    const Source* from = source.row(i);
+    for (Index c = 0; c < stride; c += lanes<Scalar>) {
+      store(to + c, multiply(multiplier, gather<Scalar>(from + c * source.col_stride,
+                                                        source.col_stride, source.cols - c)));
+    }
+  }
+}
+
+/// The transpose of `source` as a right operand: depth = source.cols, one column for each of its
+/// rows. Works in square blocks of packets.
+template <class Scalar, class Source>
+void pack_transposed(MatrixView<const Source> source, Scalar* to) {
+  constexpr Index width = panel_width<Scalar>, side = lanes<Scalar>;
+  for (Index first = 0; first < padded<Scalar>(source.rows); first += side) {
+    Scalar* column = to + first / width * width * source.cols + first % width;
+    for (Index c = 0; c < source.cols; c += side) {
+      SquareBlock<Scalar> block;
+      for (Index row = 0; row < side; ++row) {
+        block[row] = first + row < source.rows ? gather<Scalar>(&source(first + row, c),
+                                                                source.col_stride, source.cols - c)
+                                               : broadcast(Scalar(0));
+      }
+      block.transpose();
+      const Index count = std::min(side, source.cols - c);
+      for (Index row = 0; row < count; ++row) store(column + (c + row) * width, block[row]);
+    }
+  }
+}
+
+/// source·factor as a right operand: depth = source.rows. Row k of panel p goes to `to` +
+/// p·panel_stride + k·panel_width. Rows that are not finite become zeros and are listed.
+template <class Scalar, class Source>
+void pack_panels(MatrixView<const Source> source, Scalar factor, Scalar* to, Index panel_stride,
+                 NonFiniteRows& non_finite) {
+  constexpr Index width = panel_width<Scalar>;
+  const auto multiplier = broadcast(factor), zero = broadcast(Scalar(0));
+  non_finite.count = 0;
+  for (Index k = 0; k < source.rows; ++k, to += width) {
+    const Source* from = source.row(k);
+    const auto at = [&](Index c) { return to + c / width * panel_stride + c % width; };
+    auto zeros = zero;  // x·0 is 0 for every finite x and NaN for the others
+    for (Index c = 0; c < padded<Scalar>(source.cols); c += lanes<Scalar>) {
+      const auto x = multiply(multiplier, gather<Scalar>(from + c * source.col_stride,
+                                                         source.col_stride, source.cols - c));
+      zeros = multiply_add(x, zero, zeros);
+      store(at(c), x);
+    }
+    if (sum(zeros) == Scalar(0)) continue;
+    non_finite.rows[non_finite.count++] = k;
+    for (Index c = 0; c < padded<Scalar>(source.cols); c += lanes<Scalar>) store(at(c), zero);
+  }
+}
+
+/// Row `row` of a result, set to factor·from or added to.
+template <Store mode, class Scalar, class Result>
+void write_row(const Scalar* from, Scalar factor, MatrixView<Result> to, Index row) {
+  Result* out = to.row(row);
+  Index c = 0;
+  if constexpr (std::is_same_v<Scalar, Result>) {
+    const auto multiplier = broadcast(factor);
+    for (; to.col_stride == 1 && c + lanes<Scalar> <= to.cols; c += lanes<Scalar>) {
+      const auto product = multiply(multiplier, load(from + c));
+      store_unaligned(out + c,
+                      mode == Store::set ? product : add(load_unaligned(out + c), product));
+    }
+  }
+  for (; c < to.cols; ++c) {
+    Result& entry = out[c * to.col_stride];
+    const Scalar product = factor * from[c];
+    entry =
+        static_cast<Result>(mode == Store::set ? product : static_cast<Scalar>(entry) + product);
+  }
+}
+
+/// a·b for each of the rows of both.
+template <class Scalar, class Source>
+void row_products(MatrixView<const Source> a, MatrixView<const Source> b, Scalar* to) {
+  for (Index i = 0; i < a.rows; ++i) {
+    auto products = broadcast(Scalar(0));
+    for (Index c = 0; c < a.cols; c += lanes<Scalar>) {
+      products = multiply_add(gather<Scalar>(&a(i, c), a.col_stride, a.cols - c),
+                              gather<Scalar>(&b(i, c), b.col_stride, b.cols - c), products);
+    }
+    to[i] = sum(products);
+  }
+}
+
+/// Σ_ij a_ij·b_ij, where a zero in `a` (a query or key that took no part) hides whatever stands in `b`.
+template <class Scalar, class Source>
+Scalar sum_of_products(MatrixView<const Source> a, MatrixView<const Source> b) {
+  auto total = broadcast(Scalar(0));
+  for (Index i = 0; i < a.rows; ++i) {
+    for (Index c = 0; c < a.cols; c += lanes<Scalar>) {
+      const auto x = gather<Scalar>(&a(i, c), a.col_stride, a.cols - c);
+      const auto y = gather<Scalar>(&b(i, c), b.col_stride, b.cols - c);
+      total = add(total, zero_where_zero<Scalar>(x, multiply(x, y)));
+    }
+  }
+  return sum(total);
+}
+
+/// ‖row‖² of each row of `source`.
+template <class Scalar, class Source>
+void squared_norms(MatrixView<const Source> source, Scalar* to) {
+  row_products(source, source, to);
+}
+
+}  // namespace surfattn::detail::simd

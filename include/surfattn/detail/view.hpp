@@ -1,0 +1,92 @@
+// surfattn layer 1: a strided view of any stored Eigen matrix
+
+#pragma once
+
+#include <concepts>
+#include <surfattn/types.hpp>
+#include <type_traits>
+
+namespace surfattn::detail {
+
+/// A matrix in memory: element (i, j) is data[i·row_stride + j·col_stride]. Row- and column-major
+/// matrices, maps with strides, blocks and transposes all become this one type, so that the engine
+/// is compiled once for all of them.
+template <class Scalar>
+struct MatrixView {
+  Scalar* data = nullptr;
+  Index rows = 0;
+  Index cols = 0;
+  Index row_stride = 0;
+  Index col_stride = 0;
+
+  Scalar& operator()(Index row, Index col) const {
+    return data[row * row_stride + col * col_stride];
+  }
+  Scalar* row(Index index) const { return data + index * row_stride; }
+
+  MatrixView block_rows(Index first, Index count) const {
+    return {data + first * row_stride, count, cols, row_stride, col_stride};
+  }
+  MatrixView block_cols(Index first, Index count) const {
+    return {data + first * col_stride, rows, count, row_stride, col_stride};
+  }
+
+  operator MatrixView<const Scalar>() const requires(!std::is_const_v<Scalar>) {
+    return {data, rows, cols, row_stride, col_stride};
+  }
+};
+
+template <class T>
+using plain_t = std::remove_cv_t<std::remove_reference_t<T>>;
+
+template <class Derived>
+void accept_matrix(const Eigen::MatrixBase<Derived>&);
+
+/// A matrix or vector expression of Eigen's, or one of its parts, such as vector.head(3).
+template <class T>
+concept DenseMatrix = requires(const plain_t<T>& matrix) {
+  accept_matrix(matrix);
+};
+
+template <class T>
+concept StoredMatrix = DenseMatrix<T> &&(plain_t<T>::Flags& Eigen::DirectAccessBit) != 0;
+
+/// Can be written through: stored, and not a view of constants.
+template <class T>
+concept WritableMatrix = StoredMatrix<T> && requires(std::remove_reference_t<T>& matrix) {
+  { matrix.data() } -> std::same_as<typename plain_t<T>::Scalar*>;
+};
+
+/// The scalar of a matrix. Of anything else, float, so that the one error a caller sees is the
+/// sentence of a static_assert.
+template <class T>
+struct scalar_of {
+  using type = float;
+};
+template <DenseMatrix T>
+struct scalar_of<T> {
+  using type = typename plain_t<T>::Scalar;
+};
+template <class T>
+using scalar_t = typename scalar_of<T>::type;
+
+/// The matrix itself where it lies in memory; an expression (2 * Q, A * B) is evaluated, once.
+template <DenseMatrix T>
+decltype(auto) stored(const T& matrix) {
+  if constexpr (StoredMatrix<T>) {
+    return (matrix);
+  } else {
+    return Matrix<scalar_t<T>>(matrix);
+  }
+}
+
+template <StoredMatrix T>
+auto view(T&& matrix) {
+  using Element = std::remove_pointer_t<decltype(matrix.data())>;
+  const bool row_major = plain_t<T>::IsRowMajor;
+  return MatrixView<Element>{matrix.data(), matrix.rows(), matrix.cols(),
+                             row_major ? matrix.outerStride() : matrix.innerStride(),
+                             row_major ? matrix.innerStride() : matrix.outerStride()};
+}
+
+}  // namespace surfattn::detail

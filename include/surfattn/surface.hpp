@@ -1,0 +1,251 @@
+// surfattn layer 5: attention as projection onto the surface that the keys sample
+
+#pragma once
+
+#include <surfattn/detail/adapter.hpp>
+#include <surfattn/options.hpp>
+#include <surfattn/terms.hpp>
+#include <surfattn/types.hpp>
+#include <surfattn/workspace.hpp>
+
+/// The surface form (T. D. Sanger 2026, arXiv:2602.02521). The keys are samples of a surface and
+/// are the values too; a query is projected onto the surface by a Nadaraya–Watson estimate
+/// (Nadaraya 1964, Watson 1964) with the Gaussian kernel of width σ.
+namespace surfattn {
+namespace detail {
+
+template <class Scalar>
+accumulator_t<Scalar> surface_scale(const SurfaceOptions& options, Index head_dim) {
+  if (!options.bandwidth) return scale_or_default<Scalar>(options.scale, head_dim);
+  const auto bandwidth = static_cast<accumulator_t<Scalar>>(*options.bandwidth);
+  return 1 / (bandwidth * bandwidth);
+}
+
+/// Views and sizes of a call in the surface form, checked: −‖q − k‖²/(2σ²) = β·q·k − β‖q‖²/2 −
+/// β‖k‖²/2 with β = 1/σ², and the prior `sdpa` takes the keys' norms away again.
+template <class Queries, class Keys>
+Operands<scalar_t<Queries>> surface_operands(const Queries& queries, const Keys& keys,
+                                             const SurfaceOptions& options,
+                                             const Require& require) {
+  using Scalar = scalar_t<Queries>;
+  Operands<Scalar> operands;
+  operands.shape = require.shapes(extent(queries), extent(keys), extent(keys), options.heads);
+  if (options.scale && options.bandwidth)
+    require.fail("give scale or bandwidth, not both: scale = 1/bandwidth²");
+  require.positive("scale", options.scale);
+  require.positive("bandwidth", options.bandwidth);
+  require.template key_prior<Scalar>(options.prior, operands.shape);
+  operands.queries = view(queries);
+  operands.keys = operands.values = view(keys);
+  operands.values_are_keys = true;
+  operands.scale = surface_scale<Scalar>(options, operands.shape.head_dim);
+  operands.query_norm_weight = -operands.scale / 2;
+  if (!options.prior.is_sdpa()) operands.key_norm_weight = -operands.scale / 2;
+  if (options.prior.is_explicit()) {
+    operands.log_prior = options.prior.template log_weights<Scalar>();
+    if (operands.log_prior.cols == 1) operands.log_prior.col_stride = 0;
+  }
+  return operands;
+}
+
+/// Σ_j c_j‖k_j‖² over all keys and key/value heads.
+template <class Scalar>
+accumulator_t<Scalar> norm_gradient(const Operands<Scalar>& operands,
+                                    MatrixView<Scalar> grad_key_bias) {
+  using Accumulator = accumulator_t<Scalar>;
+  Accumulator sum(0);
+  for (Index head = 0; head < operands.shape.key_value_heads; ++head) {
+    const auto keys = operands.key_head(head);
+    for (Index j = 0; j < keys.rows; ++j) {
+      const auto gradient = static_cast<Accumulator>(grad_key_bias(j, head));
+      if (gradient == Accumulator(0)) continue;
+      Accumulator norm(0);
+      simd::squared_norms(keys.block_rows(j, 1), &norm);
+      sum += gradient * norm;
+    }
+  }
+  return sum;
+}
+
+/// dβ = (1/β)·Σ q∘dq − ½ Σ_j c_j‖k_j‖², and from σ = β^(−1/2), dσ = −2β^(3/2)·dβ. The norms of the
+/// queries cancel in the softmax.
+template <class Scalar>
+Scalar bandwidth_gradient(const Operands<Scalar>& operands, MatrixView<Scalar> grad_queries,
+                          MatrixView<Scalar> grad_key_bias) {
+  using Accumulator = accumulator_t<Scalar>;
+  Accumulator grad_scale =
+      simd::sum_of_products<Accumulator>(MatrixView<const Scalar>(grad_queries), operands.queries) /
+      operands.scale;
+  if (operands.key_norm_weight != Accumulator(0))
+    grad_scale -= norm_gradient(operands, grad_key_bias) / 2;
+  return static_cast<Scalar>(-2 * operands.scale * std::sqrt(operands.scale) * grad_scale);
+}
+
+}  // namespace detail
+
+/// Bytes of workspace that `project_into` and `project_forward_into` (Pass::forward) or
+/// `project_backward_into` (Pass::backward) need for these arguments.
+template <class Queries, class Keys>
+std::size_t workspace_size(Pass pass, const Queries& queries, const Keys& keys,
+                           const SurfaceOptions& options = {}) {
+  const auto shape = detail::Require("workspace_size")
+                         .shapes(detail::extent(queries), detail::extent(keys),
+                                 detail::extent(keys), options.heads);
+  return detail::workspace_size<detail::scalar_t<Queries>>(pass, shape, true, options.executor);
+}
+
+/// P(Q) into `out`, without allocating: `project` for callers who own the memory.
+///
+/// Inputs must be stored matrices. `out`, Tq × (Hq·d), may have any storage and must not overlap
+/// the inputs. `workspace` needs workspace_size(Pass::forward, queries, keys, options) bytes.
+template <class Queries, class Keys, class Out, class... Terms>
+void project_into(const Queries& queries, const Keys& keys, Out&& out, const Workspace& workspace,
+                  const SurfaceOptions& options = {}, const Terms&... terms) {
+  detail::check_inputs_at_compile_time<Queries, Keys>();
+  detail::check_outputs_at_compile_time<detail::scalar_t<Queries>, Out>();
+  constexpr detail::Require require("project");
+  const auto& q = detail::stored(queries);
+  const auto& k = detail::stored(keys);
+  detail::run_forward(detail::surface_operands(q, k, options, require), {detail::view(out), {}},
+                      workspace, options.executor, require, terms...);
+}
+
+/// `project_into` that also writes log_sum_exp, Tq × Hq, which the backward pass needs.
+template <class Queries, class Keys, class Out, class LogSumExp, class... Terms>
+void project_forward_into(const Queries& queries, const Keys& keys, Out&& out,
+                          LogSumExp&& log_sum_exp, const Workspace& workspace,
+                          const SurfaceOptions& options = {}, const Terms&... terms) {
+  detail::check_inputs_at_compile_time<Queries, Keys>();
+  detail::check_outputs_at_compile_time<detail::scalar_t<Queries>, Out, LogSumExp>();
+  constexpr detail::Require require("project_forward");
+  const auto& q = detail::stored(queries);
+  const auto& k = detail::stored(keys);
+  detail::run_forward(detail::surface_operands(q, k, options, require),
+                      {detail::view(out), detail::view(log_sum_exp)}, workspace, options.executor,
+                      require, terms...);
+}
+
+/// Gradients of a loss with respect to queries, keys, bandwidth and log-prior, without allocating.
+///
+/// `out` and `log_sum_exp` are what project_forward_into wrote for the same inputs, options and
+/// terms; `grad_out` is ∂loss/∂out. Every gradient is overwritten: `grad_queries` and `grad_keys`
+/// of their inputs' shapes, `grad_bandwidth` a scalar, `grad_log_prior` Tk × Hkv also where one
+/// prior serves all heads (its gradient is then the sum over the columns). `workspace` needs
+/// workspace_size(Pass::backward, queries, keys, options) bytes.
+template <class Queries, class Keys, class Out, class LogSumExp, class GradOut, class GradQueries,
+          class GradKeys, class Scalar, class GradLogPrior, class... Terms>
+void project_backward_into(const Queries& queries, const Keys& keys, const Out& out,
+                           const LogSumExp& log_sum_exp, const GradOut& grad_out,
+                           GradQueries&& grad_queries, GradKeys&& grad_keys, Scalar& grad_bandwidth,
+                           GradLogPrior&& grad_log_prior, const Workspace& workspace,
+                           const SurfaceOptions& options = {}, const Terms&... terms) {
+  detail::check_inputs_at_compile_time<Queries, Keys, Out, LogSumExp, GradOut>();
+  detail::check_outputs_at_compile_time<detail::scalar_t<Queries>, GradQueries, GradKeys,
+                                        GradLogPrior>();
+  constexpr detail::Require require("project_backward");
+  const auto& q = detail::stored(queries);
+  const auto& k = detail::stored(keys);
+  const auto& o = detail::stored(out);
+  const auto& l = detail::stored(log_sum_exp);
+  const auto& g = detail::stored(grad_out);
+  const auto operands = detail::surface_operands(q, k, options, require);
+  const detail::Shape& shape = operands.shape;
+  require.shape("grad_log_prior", detail::extent(grad_log_prior),
+                {shape.keys, shape.key_value_heads}, "keys × key/value heads");
+  const detail::GradientOutputs<Scalar> gradients{
+      detail::view(grad_queries), detail::view(grad_keys), {}, detail::view(grad_log_prior)};
+  detail::run_backward(operands, {detail::view(o), detail::view(l), detail::view(g)}, gradients,
+                       workspace, options.executor, require, terms...);
+  grad_bandwidth = detail::bandwidth_gradient(operands, gradients.queries, *gradients.key_bias);
+}
+
+/// Projection of each query onto the surface that the keys sample: for each query head,
+///
+///     S_ij = −‖q_i − k_j‖²/(2σ²) + log π_j,
+///     W_i = softmax of S_i over the keys that every term lets query i see,
+///     P(q_i) = Σ_j W_ij·k_j.
+///
+/// `queries` is Tq × (Hq·d), `keys` Tk × (Hkv·d): any Eigen matrix expression of float, double or
+/// long double, in any storage. σ is options.bandwidth, in the units of the keys, or
+/// 1/√options.scale; by default σ² = √d. π is options.prior. With KeyPrior::sdpa the weights are
+/// those of scaled dot-product attention with β = 1/σ², so that P(Q)·M = attention(Q, K, K·M) for
+/// any readout M. Returns Tq × (Hq·d), a point within the convex hull of the keys for each query; 0
+/// for a query that sees no key.
+///
+/// Distances are formed as β·q·k − β‖q‖²/2 − β‖k‖²/2, which loses digits where points lie much
+/// farther from the origin than from each other: subtract a common offset from queries and keys
+/// first (the projection moves with them). Allocates the result and a workspace of O(block)
+/// numbers. Time O(Hq·Tq·Tk·2d), less the tiles that the terms leave empty. Errors as for
+/// `attention`; besides, a bandwidth or scale that is not positive, both given, or a prior of the
+/// wrong shape or scalar type.
+template <class Queries, class Keys, class... Terms>
+auto project(const Queries& queries, const Keys& keys, const SurfaceOptions& options = {},
+             const Terms&... terms) {
+  using Scalar = detail::scalar_t<Queries>;
+  detail::check_inputs_at_compile_time<Queries, Keys>();
+  const auto shape = detail::Require("project").shapes(
+      detail::extent(queries), detail::extent(keys), detail::extent(keys), options.heads);
+  auto out = detail::matrix<Scalar>(shape.out_extent());
+  project_into(
+      queries, keys, out,
+      Workspace(detail::workspace_size<Scalar>(Pass::forward, shape, true, options.executor)),
+      options, terms...);
+  return out;
+}
+
+/// `project`, and with it what the backward pass needs: returns {out, log_sum_exp}, where
+/// log_sum_exp_i = log Σ_j exp S_ij (Tq × Hq, −∞ for a query that sees no key). Under a uniform
+/// prior that is, up to a constant, the log of the kernel density of the keys at q_i, and its
+/// gradient is (P(q_i) − q_i)/σ².
+template <class Queries, class Keys, class... Terms>
+auto project_forward(const Queries& queries, const Keys& keys, const SurfaceOptions& options = {},
+                     const Terms&... terms) {
+  using Scalar = detail::scalar_t<Queries>;
+  detail::check_inputs_at_compile_time<Queries, Keys>();
+  const auto shape = detail::Require("project_forward")
+                         .shapes(detail::extent(queries), detail::extent(keys),
+                                 detail::extent(keys), options.heads);
+  Forward<Scalar> forward{detail::matrix<Scalar>(shape.out_extent()),
+                          detail::matrix<Scalar>(shape.log_sum_exp_extent())};
+  project_forward_into(
+      queries, keys, forward.out, forward.log_sum_exp,
+      Workspace(detail::workspace_size<Scalar>(Pass::forward, shape, true, options.executor)),
+      options, terms...);
+  return forward;
+}
+
+/// Gradients of a loss with respect to queries, keys, bandwidth and log-prior, given grad_out =
+/// ∂loss/∂out, Tq × (Hq·d). With dP = dO·Kᵀ, D_i = dO_i·O_i, dS = W∘(dP − D), c_j = Σ_i dS_ij:
+///
+///     dQ = β·dS·K,   dK = Wᵀ·dO + β·(dSᵀ·Q − c∘K),   d log π = c,
+///     dβ = (1/β)·Σ Q∘dQ − ½ Σ_j c_j‖k_j‖²,   dσ = −2β^(3/2)·dβ,
+///
+/// where the two terms with ‖k‖² and c∘K fall away for KeyPrior::sdpa, whose log π_j = β‖k_j‖²/2
+/// moves with keys and bandwidth. `log_prior` is the gradient with respect to a number added to log
+/// π_j, under every prior: Tk × Hkv, or Tk × 1 for an explicit Tk × 1 prior. `forward` must come
+/// from project_forward with the same inputs, options and terms. A query that sees no key gets and
+/// gives gradient 0; so does a key that no query sees. Allocates the gradients and a workspace of
+/// O(block) numbers. Time O(Hq·Tq·Tk·5d). Errors as for `project`.
+template <class Queries, class Keys, class Scalar, class GradOut, class... Terms>
+auto project_backward(const Queries& queries, const Keys& keys, const Forward<Scalar>& forward,
+                      const GradOut& grad_out, const SurfaceOptions& options = {},
+                      const Terms&... terms) {
+  detail::check_inputs_at_compile_time<Queries, Keys, Matrix<Scalar>, GradOut>();
+  const auto shape = detail::Require("project_backward")
+                         .shapes(detail::extent(queries), detail::extent(keys),
+                                 detail::extent(keys), options.heads);
+  SurfaceGradients<Scalar> gradients{detail::matrix<Scalar>(shape.queries_extent()),
+                                     detail::matrix<Scalar>(shape.keys_extent()), Scalar(0),
+                                     detail::matrix<Scalar>({shape.keys, shape.key_value_heads})};
+  project_backward_into(
+      queries, keys, forward.out, forward.log_sum_exp, grad_out, gradients.queries, gradients.keys,
+      gradients.bandwidth, gradients.log_prior,
+      Workspace(detail::workspace_size<Scalar>(Pass::backward, shape, true, options.executor)),
+      options, terms...);
+  if (options.prior.is_explicit() && options.prior.cols() == 1) {
+    gradients.log_prior = gradients.log_prior.rowwise().sum().eval();
+  }
+  return gradients;
+}
+
+}  // namespace surfattn

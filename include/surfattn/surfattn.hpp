@@ -1,0 +1,15 @@
+// surfattn layer 9: all that a user includes
+
+#pragma once
+
+#include <surfattn/attention.hpp>
+#include <surfattn/error.hpp>
+#include <surfattn/executor.hpp>
+#include <surfattn/layers.hpp>
+#include <surfattn/options.hpp>
+#include <surfattn/surface.hpp>
+#include <surfattn/terms.hpp>
+#include <surfattn/types.hpp>
+#include <surfattn/version.hpp>
+#include <surfattn/weights.hpp>
+#include <surfattn/workspace.hpp>

@@ -1,0 +1,68 @@
+// surfattn layer 1: index and matrix types, and what the public functions return
+
+#pragma once
+
+#include <optional>
+#include <surfattn/config.hpp>
+#include <type_traits>
+
+namespace surfattn {
+
+/// Signed, 64-bit on every 64-bit target: the number of scores Tq·Tk passes 2³¹ easily.
+using Index = Eigen::Index;
+
+/// What the returning functions return: tokens are rows, and a token's numbers are contiguous.
+template <class Scalar>
+using Matrix = Eigen::Matrix<Scalar, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
+
+template <class Scalar>
+using RowVector = Eigen::Matrix<Scalar, 1, Eigen::Dynamic, Eigen::RowMajor>;
+
+/// The scalar in which sums over `Scalar` are formed.
+template <class Scalar>
+struct accumulator {
+  using type = Scalar;
+};
+template <class Scalar>
+using accumulator_t = typename accumulator<Scalar>::type;
+
+/// The scalars that the engine computes with. Any other runs through surfattn/reference.hpp.
+template <class Scalar>
+inline constexpr bool is_supported_scalar_v =
+    std::is_same_v<Scalar, float> || std::is_same_v<Scalar, double> ||
+    std::is_same_v<Scalar, long double>;
+
+/// How the columns divide into heads: head h is the h-th block of columns. With fewer key/value
+/// heads than query heads (grouped-query attention, Ainslie et al. 2023, arXiv:2305.13245), query
+/// head h reads key/value head h / (query / key_value), and `query` is a multiple of `key_value`.
+struct Heads {
+  Index query = 1;  ///< number of query heads, Hq
+  std::optional<Index> key_value =
+      {};  ///< number of key/value heads, Hkv; as many as query heads when not given
+};
+
+/// The result of a forward pass, which is all that the backward pass needs besides the inputs.
+template <class Scalar>
+struct Forward {
+  Matrix<Scalar> out;          ///< Tq × (Hq·dv)
+  Matrix<Scalar> log_sum_exp;  ///< Tq × Hq, natural logarithm; −∞ where a query sees no key
+};
+
+/// Gradients of a loss with respect to the inputs of `attention`, each of its input's shape.
+template <class Scalar>
+struct AttentionGradients {
+  Matrix<Scalar> queries;  ///< Tq × (Hq·d)
+  Matrix<Scalar> keys;     ///< Tk × (Hkv·d)
+  Matrix<Scalar> values;   ///< Tk × (Hkv·dv)
+};
+
+/// Gradients of a loss with respect to the inputs of `project`.
+template <class Scalar>
+struct SurfaceGradients {
+  Matrix<Scalar> queries;    ///< Tq × (Hq·d)
+  Matrix<Scalar> keys;       ///< Tk × (Hkv·d), through the scores and through the values
+  Scalar bandwidth{};        ///< ∂loss/∂σ
+  Matrix<Scalar> log_prior;  ///< Tk × Hkv, or Tk × 1 where one explicit prior serves all heads
+};
+
+}  // namespace surfattn

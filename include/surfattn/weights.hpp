@@ -1,0 +1,153 @@
+// surfattn layer 6: the weights of an attention layer in both forms, and the exact way from one to
+// the other
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <optional>
+#include <string>
+#include <surfattn/detail/adapter.hpp>
+#include <surfattn/detail/require.hpp>
+#include <surfattn/types.hpp>
+
+namespace surfattn {
+
+/// The four weight matrices of a standard attention layer. With inputs X (Tx × D) for the queries
+/// and Y (Ty × Dy) for keys and values:
+///
+///     Q = X·Wq + bq,   K = Y·Wk + bk,   V = Y·Wv + bv,   layer(X, Y) = attention(Q, K, V)·Wo + bo.
+///
+/// A bias of size 0 is absent.
+template <class Scalar>
+struct StandardWeights {
+  Matrix<Scalar> query;   ///< Wq, D × (Hq·d)
+  Matrix<Scalar> key;     ///< Wk, Dy × (Hkv·d)
+  Matrix<Scalar> value;   ///< Wv, Dy × (Hkv·dv)
+  Matrix<Scalar> output;  ///< Wo, (Hq·dv) × Dout
+
+  RowVector<Scalar> query_bias = {};   ///< bq, Hq·d
+  RowVector<Scalar> key_bias = {};     ///< bk, Hkv·d
+  RowVector<Scalar> value_bias = {};   ///< bv, Hkv·dv
+  RowVector<Scalar> output_bias = {};  ///< bo, Dout
+
+  Heads heads = {};
+  std::optional<double> scale = {};  ///< β; 1/√d when not given
+};
+
+/// The two weight matrices of an attention layer in the surface form, where the inputs Y themselves
+/// sample the surface and all heads share them. For head h
+///
+///     Q_h = X·A_h + g_h,   layer(X, Y) = Σ_h (P(Q_h)·B_h + r_h) + bo,
+///
+/// with P the projection onto Y under KeyPrior::sdpa. One cache, Y, serves every head, for keys and
+/// for values.
+template <class Scalar>
+struct SurfaceWeights {
+  Matrix<Scalar> metric;   ///< A_h side by side, D × (H·Dy)
+  Matrix<Scalar> readout;  ///< B_h one below the other, (H·Dy) × Dout
+
+  RowVector<Scalar> metric_bias = {};  ///< g_h side by side, H·Dy; size 0: absent
+  Matrix<Scalar> readout_bias =
+      {};  ///< r_h one below the other, H × Dout, for queries that see a key; size 0: absent
+  RowVector<Scalar> output_bias = {};  ///< bo, Dout; size 0: absent
+
+  Index heads = 1;
+  double scale = 1;  ///< β
+};
+
+namespace detail {
+
+inline void require_bias(const Require& require, const char* name, Index size, Index expected) {
+  if (size == 0 || size == expected) return;
+  require.fail(std::string(name) + " is 1×" + std::to_string(size) + " but must be 1×" +
+               std::to_string(expected) + ", or empty for none");
+}
+
+/// The sizes of a standard layer: a problem with no tokens yet.
+template <class Scalar>
+Shape layer_shape(const StandardWeights<Scalar>& weights, const Require& require) {
+  const Shape shape = require.shapes({0, weights.query.cols()}, {0, weights.key.cols()},
+                                     {0, weights.value.cols()}, weights.heads);
+  require.shape("weights.value", extent(weights.value), {weights.key.rows(), weights.value.cols()},
+                "as many rows as weights.key, the width of y");
+  require.shape("weights.output", extent(weights.output),
+                {shape.out_extent().cols, weights.output.cols()},
+                "one row for each column of the attention's output");
+  require_bias(require, "weights.query_bias", weights.query_bias.size(), weights.query.cols());
+  require_bias(require, "weights.key_bias", weights.key_bias.size(), weights.key.cols());
+  require_bias(require, "weights.value_bias", weights.value_bias.size(), weights.value.cols());
+  require_bias(require, "weights.output_bias", weights.output_bias.size(), weights.output.cols());
+  require.finite("weights.scale", weights.scale);
+  return shape;
+}
+
+/// Checks a surface layer and returns Dy, the width of its surface.
+template <class Scalar>
+Index surface_width(const SurfaceWeights<Scalar>& weights, const Require& require) {
+  if (weights.heads <= 0 || weights.metric.cols() % weights.heads != 0) {
+    require.fail("weights.metric is " + words(extent(weights.metric)) +
+                 ", and its columns do not divide into " + std::to_string(weights.heads) +
+                 " heads");
+  }
+  require.shape("weights.readout", extent(weights.readout),
+                {weights.metric.cols(), weights.readout.cols()},
+                "one row for each column of weights.metric");
+  require_bias(require, "weights.metric_bias", weights.metric_bias.size(), weights.metric.cols());
+  require_bias(require, "weights.output_bias", weights.output_bias.size(), weights.readout.cols());
+  if (weights.readout_bias.size() > 0) {
+    require.shape("weights.readout_bias", extent(weights.readout_bias),
+                  {weights.heads, weights.readout.cols()}, "one row for each head");
+  }
+  require.positive("weights.scale", weights.scale);
+  return weights.metric.cols() / weights.heads;
+}
+
+}  // namespace detail
+
+/// Merges the four matrices of a standard layer into the two of the same layer in the surface form,
+/// exactly: for query head h, which reads key/value head g,
+///
+///     A_h = Wq_h·Wk_gᵀ,   g_h = bq_h·Wk_gᵀ,   B_h = Wv_g·Wo_h,   r_h = bv_g·Wo_h.
+///
+/// bk adds the same number to all scores of a query and cancels; bv adds r_h because weights sum to
+/// 1, but for a query that sees no key. Time and memory O(H·D·Dy·d). Every head's surface is Dy
+/// wide where its keys were d wide, so merging pays where d is not much smaller than Dy, and
+/// wherever the cache counts. Errors: weights whose shapes do not fit together; a scale that is not
+/// positive, which no bandwidth has. Source: Sanger 2026, arXiv:2602.02521.
+template <class Scalar>
+SurfaceWeights<Scalar> merge(const StandardWeights<Scalar>& weights) {
+  constexpr detail::Require require("merge");
+  const detail::Shape shape = detail::layer_shape(weights, require);
+  require.positive("weights.scale", weights.scale);
+  const Index width = weights.key.rows(), d = shape.head_dim, dv = shape.value_dim;
+  SurfaceWeights<Scalar> merged;
+  merged.heads = shape.query_heads;
+  merged.scale = weights.scale.value_or(1 / std::sqrt(static_cast<double>(std::max<Index>(d, 1))));
+  merged.metric.resize(weights.query.rows(), merged.heads * width);
+  merged.readout.resize(merged.heads * width, weights.output.cols());
+  if (weights.query_bias.size() > 0) merged.metric_bias.resize(merged.heads * width);
+  if (weights.value_bias.size() > 0)
+    merged.readout_bias.resize(merged.heads, weights.output.cols());
+  merged.output_bias = weights.output_bias;
+  for (Index head = 0; head < merged.heads; ++head) {
+    const Index shared = head / shape.group();
+    const auto key = weights.key.middleCols(shared * d, d).transpose();
+    const auto output = weights.output.middleRows(head * dv, dv);
+    merged.metric.middleCols(head * width, width).noalias() =
+        weights.query.middleCols(head * d, d) * key;
+    merged.readout.middleRows(head * width, width).noalias() =
+        weights.value.middleCols(shared * dv, dv) * output;
+    if (merged.metric_bias.size() > 0) {
+      merged.metric_bias.segment(head * width, width).noalias() =
+          weights.query_bias.segment(head * d, d) * key;
+    }
+    if (merged.readout_bias.size() > 0) {
+      merged.readout_bias.row(head).noalias() =
+          weights.value_bias.segment(shared * dv, dv) * output;
+    }
+  }
+  return merged;
+}
+
+}  // namespace surfattn
