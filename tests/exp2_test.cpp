@@ -1,0 +1,87 @@
+// The vectorised 2ˣ keeps the bounds that its docstring states.
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <surfattn/detail/simd/exp2.hpp>
+#include <vector>
+
+#include "support/catch.hpp"
+
+using namespace surfattn::detail;
+
+namespace {
+
+/// 2ˣ of each number, a packet at a time.
+template <class Scalar>
+std::vector<Scalar> vector_exp2(std::vector<Scalar> x) {
+  constexpr auto lanes = static_cast<std::size_t>(simd::lanes<Scalar>);
+  const std::size_t count = x.size();
+  x.resize((count + lanes - 1) / lanes * lanes);
+  alignas(64) Scalar buffer[64];
+  for (std::size_t i = 0; i < x.size(); i += lanes) {
+    simd::store(buffer, simd::exp2<Scalar>(simd::load_unaligned(&x[i])));
+    std::copy(buffer, buffer + lanes, &x[i]);
+  }
+  x.resize(count);
+  return x;
+}
+
+/// Error of the result in units in the last place of the exact value.
+template <class Scalar>
+double worst_ulps(const std::vector<Scalar>& x) {
+  const auto y = vector_exp2(x);
+  double worst = 0;
+  for (std::size_t i = 0; i < x.size(); ++i) {
+    const long double exact = std::exp2(static_cast<long double>(x[i]));
+    const auto rounded = static_cast<Scalar>(exact);
+    const long double ulp =
+        std::nextafter(rounded, std::numeric_limits<Scalar>::infinity()) - rounded;
+    const double error =
+        static_cast<double>(std::abs(static_cast<long double>(y[i]) - exact) / ulp);
+    if (!(error <= worst)) worst = error;
+  }
+  return worst;
+}
+
+template <class Scalar>
+std::vector<Scalar> grid(Scalar first, Scalar last, int count) {
+  std::vector<Scalar> x;
+  for (int i = 0; i <= count; ++i) x.push_back(first + (last - first) * Scalar(i) / Scalar(count));
+  return x;
+}
+
+}  // namespace
+
+TEST_CASE("exp2 in float: at most 2 ulp from -126 to 127") {
+  CHECK(worst_ulps(grid<float>(-126.0f, 127.0f, 2000003)) <= 2);
+  CHECK(worst_ulps(grid<float>(-1.0f, 1.0f, 2000003)) <= 2);
+}
+
+TEST_CASE("exp2 in double: at most 2 ulp from -1022 to 1023") {
+  CHECK(worst_ulps(grid<double>(-1022.0, 1023.0, 1000003)) <= 2);
+  CHECK(worst_ulps(grid<double>(-1.0, 1.0, 1000003)) <= 2);
+}
+
+TEMPLATE_TEST_CASE("exp2 of the special arguments of a softmax", "", float, double, long double) {
+  const TestType infinity = std::numeric_limits<TestType>::infinity();
+  const TestType nan = std::numeric_limits<TestType>::quiet_NaN();
+  // every position within a packet
+  for (int position = 0; position < 17; ++position) {
+    std::vector<TestType> x(17, TestType(-0.5));
+    const auto at = static_cast<std::size_t>(position);
+    x[at] = -infinity;
+    CHECK(vector_exp2(x)[at] == 0);
+    x[at] = TestType(-1e30);
+    CHECK(vector_exp2(x)[at] == 0);
+    x[at] = 0;
+    CHECK(vector_exp2(x)[at] == 1);
+    x[at] = nan;
+    CHECK(std::isnan(vector_exp2(x)[at]));
+    x[at] = TestType(std::nan("12345"));
+    CHECK(std::isnan(vector_exp2(x)[at]));
+    x[at] = infinity;
+    CHECK(!(std::isfinite(vector_exp2(x)[at])));
+    x[at] = TestType(-0.5);
+    CHECK(vector_exp2(x)[at] == vector_exp2(x)[(at + 1) % 17]);
+  }
+}

@@ -1,0 +1,63 @@
+// 65,536 queries and keys: the memory beyond inputs and outputs stays small, forward and backward.
+#include <sys/resource.h>
+
+#include "support/problem.hpp"
+
+using namespace surfattn;
+using namespace surfattn::test;
+
+namespace {
+
+constexpr Index tokens = 65536, width = 64;
+constexpr std::size_t allowed = std::size_t(64) << 20;
+
+/// Largest resident memory of this process so far, in bytes.
+std::size_t peak_memory() {
+  rusage usage{};
+  getrusage(RUSAGE_SELF, &usage);
+  return static_cast<std::size_t>(usage.ru_maxrss) * 1024;
+}
+
+}  // namespace
+
+TEST_CASE("workspaces for 65,536 queries and keys are below 64 MiB and hardly grow with them") {
+  const auto bytes = [](Pass pass, Index count) {
+    const Eigen::Map<const Matrix<float>> x(nullptr, count, width);
+    return std::max(workspace_size(pass, x, x, x), workspace_size(pass, x, x));
+  };
+  for (const Pass pass : {Pass::forward, Pass::backward}) {
+    CHECK(bytes(pass, tokens) < allowed);
+    CHECK(bytes(pass, 16 * tokens) < bytes(pass, tokens) + 65536);  // a counter for each block
+  }
+}
+
+TEST_CASE(
+    "peak memory for 65,536 queries and keys, forward and backward, is below 64 MiB more than "
+    "inputs and outputs") {
+  // The window leaves nearly all tiles empty, which changes the time and not the memory.
+  const SlidingWindow window{.left = 100, .right = 0};
+  std::mt19937_64 random = seeded_random();
+  const auto q = random_matrix<float>(tokens, width, random),
+             k = random_matrix<float>(tokens, width, random),
+             v = random_matrix<float>(tokens, width, random),
+             grad = random_matrix<float>(tokens, width, random);
+  Matrix<float> out = Matrix<float>::Ones(tokens, width),
+                log_sum_exp = Matrix<float>::Ones(tokens, 1), grad_q = out, grad_k = out,
+                grad_v = out, grad_prior = log_sum_exp;
+  float grad_bandwidth = 0;
+
+  const std::size_t before = peak_memory();
+  attention_forward_into(q, k, v, out, log_sum_exp,
+                         Workspace(workspace_size(Pass::forward, q, k, v)), {}, window);
+  attention_backward_into(q, k, v, out, log_sum_exp, grad, grad_q, grad_k, grad_v,
+                          Workspace(workspace_size(Pass::backward, q, k, v)), {}, window);
+  project_forward_into(q, k, out, log_sum_exp, Workspace(workspace_size(Pass::forward, q, k)), {},
+                       window);
+  project_backward_into(q, k, out, log_sum_exp, grad, grad_q, grad_k, grad_bandwidth, grad_prior,
+                        Workspace(workspace_size(Pass::backward, q, k)), {}, window);
+  const std::size_t more = peak_memory() - before;
+  INFO("peak grew by " << more / 1024 << " KiB");
+  CHECK(more < allowed);
+  CHECK(out.allFinite());
+  CHECK(grad_k.allFinite());
+}

@@ -1,0 +1,32 @@
+// Seeded random matrices.
+#pragma once
+
+#include <cstdlib>
+#include <random>
+#include <surfattn/types.hpp>
+
+#include "support/catch.hpp"
+
+namespace surfattn::test {
+
+/// A generator seeded from SURFATTN_TEST_SEED, or else with a fixed number; a failure of the test case prints the seed.
+inline std::uint64_t seed() {
+  const char* given = std::getenv("SURFATTN_TEST_SEED");
+  return given ? std::strtoull(given, nullptr, 10) : 20260207;
+}
+
+inline std::mt19937_64 seeded_random() {
+  UNSCOPED_INFO("SURFATTN_TEST_SEED=" << seed());
+  return std::mt19937_64(seed());
+}
+
+/// Independent standard normal numbers.
+template <class Scalar>
+Matrix<Scalar> random_matrix(Index rows, Index cols, std::mt19937_64& random) {
+  std::normal_distribution<double> normal;
+  Matrix<Scalar> matrix(rows, cols);
+  for (Index i = 0; i < matrix.size(); ++i) matrix.data()[i] = static_cast<Scalar>(normal(random));
+  return matrix;
+}
+
+}  // namespace surfattn::test
