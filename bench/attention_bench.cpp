@@ -2,28 +2,17 @@
 // fused multiply-adds reaches in the same process.
 #include <benchmark/benchmark.h>
 
-#include <cmath>
+#include <cstdlib>
+#include <limits>
 #include <surfattn/surfattn.hpp>
 
+#include "support/naive.hpp"
 #include "support/peak.hpp"
 
 namespace {
 
 using namespace surfattn;
-
-/// softmax(β·Q·Kᵀ)·V as Eigen code is written by hand: all scores stored, the product first and then the scale in place.
-template <class Scalar>
-Matrix<Scalar> naive_attention(const Matrix<Scalar>& q, const Matrix<Scalar>& k,
-                               const Matrix<Scalar>& v) {
-  Matrix<Scalar> scores(q.rows(), k.rows());
-  scores.noalias() = q * k.transpose();
-  scores *= 1 / std::sqrt(Scalar(q.cols()));
-  scores = (scores.colwise() - scores.rowwise().maxCoeff()).array().exp();
-  scores.array().colwise() /= scores.rowwise().sum().array();
-  Matrix<Scalar> out(q.rows(), v.cols());
-  out.noalias() = scores * v;
-  return out;
-}
+using bench::naive_attention;
 
 template <class Scalar>
 struct Inputs {

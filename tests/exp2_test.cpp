@@ -19,7 +19,9 @@ std::vector<Scalar> vector_exp2(std::vector<Scalar> x) {
   x.resize((count + lanes - 1) / lanes * lanes);
   alignas(64) Scalar buffer[64];
   for (std::size_t i = 0; i < x.size(); i += lanes) {
-    simd::store(buffer, simd::exp2<Scalar>(simd::load_unaligned(&x[i])));
+    simd::Packet<Scalar> packets[] = {simd::load_unaligned(&x[i])};
+    simd::exp2<Scalar>(packets);
+    simd::store(buffer, packets[0]);
     std::copy(buffer, buffer + lanes, &x[i]);
   }
   x.resize(count);

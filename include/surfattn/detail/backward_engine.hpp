@@ -201,12 +201,13 @@ class BackwardTask {
   void visit_queries(Index head, Index first_query, Index queries, Index turn) {
     bool packed = false;
     for (Index n = 0; n < key_tiles(); ++n) {
-      const Tile tile{head, first_query, queries, first_key_of(n), keys_of(n)};
-      const Coverage coverage = terms_.coverage(tile);
+      const Tile tile = terms_.trim({head, first_query, queries, first_key_of(n), keys_of(n)},
+                                    simd::panel_width<Accumulator>);
+      const Coverage coverage = tile.keys > 0 ? terms_.coverage(tile) : Coverage::empty;
       if (coverage == Coverage::empty) continue;
       if (!packed) load_queries(tile);
       packed = true;
-      visit_tile(tile, coverage, buffers_.key_tiles[n], key_rows(n));
+      visit_tile(tile, coverage, n);
     }
     turns_.wait_for(turn);
     if (packed) add_to_grad_queries(head, first_query, queries);
@@ -251,26 +252,29 @@ class BackwardTask {
     simd::row_products(grad_out, out, buffers_.delta);
   }
 
-  void visit_tile(const Tile& tile, Coverage coverage, KeyTileBuffers<Accumulator>& keys,
-                  MatrixView<const Scalar> key_rows) {
+  void visit_tile(const Tile& tile, Coverage coverage, Index key_tile) {
+    const KeyTileBuffers<Accumulator>& keys = buffers_.key_tiles[key_tile];
+    const Index offset = tile.first_key - first_key_of(key_tile);  // a whole number of panels
     const simd::Tile<Accumulator> weights{buffers_.weights, buffers_.score_stride};
     const simd::Tile<Accumulator> grad_scores{buffers_.grad_scores, buffers_.score_stride};
     score_tile(tile, shape_.head_dim,
                {buffers_.queries.rows, buffers_.key_stride, buffers_.query_bias},
-               {keys.transposed_keys, keys.key_bias}, weights);
-    if (coverage == Coverage::partial)
+               {keys.transposed_keys + offset * shape_.head_dim, keys.key_bias + offset}, weights);
+    if (coverage == Coverage::partial) {
       terms_.hide(tile, weights.data, weights.row_stride, simd::minus_infinity<Accumulator>);
-    simd::set_product<Accumulator>(
-        tile.queries, tile.keys, shape_.value_dim,
-        {buffers_.grad_out.rows, buffers_.value_stride, 1},
-        {keys.transposed_values, shape_.value_dim * simd::panel_width<Accumulator>}, grad_scores);
+    }
+    simd::set_product<Accumulator>(tile.queries, tile.keys, shape_.value_dim,
+                                   {buffers_.grad_out.rows, buffers_.value_stride, 1},
+                                   {keys.transposed_values + offset * shape_.value_dim,
+                                    shape_.value_dim * simd::panel_width<Accumulator>},
+                                   grad_scores);
     differentiate_softmax(tile, weights, grad_scores);
     if (coverage == Coverage::partial) {
       // By selection: a row whose score is NaN in sight of one key has NaN for every weight.
       terms_.hide(tile, weights.data, weights.row_stride, Accumulator(0));
       terms_.hide(tile, grad_scores.data, grad_scores.row_stride, Accumulator(0));
     }
-    add_to_gradients(tile, weights, grad_scores, keys, key_rows);
+    add_to_gradients(tile, weights, grad_scores, key_tile, offset);
   }
 
   /// S → W = 2^(S − L) and dP → dS = W∘(dP − D), in place.
@@ -286,50 +290,31 @@ class BackwardTask {
   }
 
   void add_to_gradients(const Tile& tile, simd::Tile<Accumulator> weights,
-                        simd::Tile<Accumulator> grad_scores, KeyTileBuffers<Accumulator>& keys,
-                        MatrixView<const Scalar> key_rows) {
-    const simd::Tile<Accumulator> grad_queries{buffers_.grad_queries, buffers_.key_stride};
-    const simd::Tile<Accumulator> grad_keys{keys.grad_keys, buffers_.key_stride};
-    const simd::Tile<Accumulator> grad_values{
-        keys.grad_values, operands_.values_are_keys ? buffers_.key_stride : buffers_.value_stride};
+                        simd::Tile<Accumulator> grad_scores, Index key_tile, Index offset) {
+    const KeyTileBuffers<Accumulator>& keys = buffers_.key_tiles[key_tile];
+    const Index value_stride =
+        operands_.values_are_keys ? buffers_.key_stride : buffers_.value_stride;
     // dQ += dS·K, still without the scale
-    add_weighted_rows<false>(tile, grad_scores, tile.queries, keys.key_panels, keys.non_finite_keys,
-                             key_rows, Accumulator(1), grad_queries);
+    add_weighted_rows<false, Scalar>(
+        terms_, tile, grad_scores,
+        {keys.key_panels, keys.non_finite_keys, key_rows(key_tile), Accumulator(1)}, offset,
+        {buffers_.grad_queries, buffers_.key_stride});
     // dV += Wᵀ·dO
-    add_weighted_rows<true>(tile, weights, tile.keys, buffers_.grad_out.panels,
-                            buffers_.grad_out.non_finite, out_rows(upstream_.grad_out, tile),
-                            Accumulator(1), grad_values);
+    add_weighted_rows<true, Scalar>(terms_, tile, weights,
+                                    {buffers_.grad_out.panels, buffers_.grad_out.non_finite,
+                                     out_rows(upstream_.grad_out, tile), Accumulator(1)},
+                                    0, {keys.grad_values + offset * value_stride, value_stride});
     // dK += dSᵀ·(scale·Q)
-    add_weighted_rows<true>(tile, grad_scores, tile.keys, buffers_.queries.panels,
-                            buffers_.queries.non_finite, query_rows(tile), operands_.scale,
-                            grad_keys);
+    add_weighted_rows<true, Scalar>(
+        terms_, tile, grad_scores,
+        {buffers_.queries.panels, buffers_.queries.non_finite, query_rows(tile), operands_.scale},
+        0, {keys.grad_keys + offset * buffers_.key_stride, buffers_.key_stride});
     if (gradients_.key_bias || operands_.key_norm_weight != Accumulator(0)) {
       for (Index i = 0; i < tile.queries; ++i) {
-        simd::add_row(grad_scores.data + i * grad_scores.row_stride, keys.grad_key_bias,
-                      simd::padded<Accumulator>(tile.keys));
+        simd::add_row(grad_scores.data + i * grad_scores.row_stride, keys.grad_key_bias + offset,
+                      tile.keys);
       }
     }
-  }
-
-  /// c += A·B, or Aᵀ·B where `transposed`, for the coefficients A of one tile (queries × keys) and
-  /// the packed rows B, which lie at `source`, times `factor`.
-  template <bool transposed>
-  void add_weighted_rows(const Tile& tile, simd::Tile<Accumulator> coefficients, Index rows,
-                         const Accumulator* panels, const simd::NonFiniteRows& non_finite,
-                         MatrixView<const Scalar> source, Accumulator factor,
-                         simd::Tile<Accumulator> c) {
-    const Index stride = coefficients.row_stride;
-    const simd::LeftOperand<Accumulator> left{coefficients.data, transposed ? 1 : stride,
-                                              transposed ? stride : 1};
-    simd::add_product<Accumulator>(rows, source.cols, source.rows, left,
-                                   {panels, source.rows * simd::panel_width<Accumulator>}, c);
-    add_non_finite_rows(
-        non_finite, source, factor, rows, c,
-        [&](Index r, Index b) { return left.data[r * left.row_stride + b * left.depth_stride]; },
-        [&](Index r, Index b) {
-          return terms_.allows(tile.first_query + (transposed ? b : r),
-                               tile.first_key + (transposed ? r : b));
-        });
   }
 
   void add_to_grad_queries(Index head, Index first_query, Index queries) {

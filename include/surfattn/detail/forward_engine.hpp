@@ -93,13 +93,15 @@ class ForwardTask {
     bool packed = false;
     for (Index member = 0; member < shape_.group(); ++member) {
       for (Index query = 0; query < queries_; query += tiling_.query_tile) {
-        const Tile tile{first_head() + member, first_query_ + query,
-                        std::min(tiling_.query_tile, queries_ - query), first_key, keys};
-        const Coverage coverage = terms_.coverage(tile);
+        const Tile tile =
+            terms_.trim({first_head() + member, first_query_ + query,
+                         std::min(tiling_.query_tile, queries_ - query), first_key, keys},
+                        simd::panel_width<Accumulator>);
+        const Coverage coverage = tile.keys > 0 ? terms_.coverage(tile) : Coverage::empty;
         if (coverage == Coverage::empty) continue;
         if (!packed) pack_keys(first_key, keys);
         packed = true;
-        visit_tile(tile, coverage, member * queries_ + query);
+        visit_tile(tile, coverage, member * queries_ + query, tile.first_key - first_key);
       }
     }
   }
@@ -108,27 +110,31 @@ class ForwardTask {
     const auto key_rows = operands_.key_head(key_value_head_).block_rows(first_key, keys);
     simd::pack_transposed(key_rows, buffers_.key_panels);
     fill_key_bias(operands_, key_value_head_, first_key, key_rows, buffers_.key_bias);
-    simd::pack_panels(value_rows(first_key, keys), Accumulator(1), buffers_.value_panels,
+    value_rows_ = operands_.value_head(key_value_head_).block_rows(first_key, keys);
+    simd::pack_panels(value_rows_, Accumulator(1), buffers_.value_panels,
                       keys * simd::panel_width<Accumulator>, buffers_.non_finite_values);
   }
 
-  MatrixView<const Scalar> value_rows(Index first_key, Index keys) const {
-    return operands_.value_head(key_value_head_).block_rows(first_key, keys);
-  }
-
-  /// `row` is the tile's first row within the block.
-  void visit_tile(const Tile& tile, Coverage coverage, Index row) {
+  /// `row` is the tile's first row within the block and `offset` its first key within the packed
+  /// ones, a whole number of panels.
+  void visit_tile(const Tile& tile, Coverage coverage, Index row, Index offset) {
     const simd::Tile<Accumulator> scores{buffers_.scores, buffers_.score_stride};
     score_tile(tile, shape_.head_dim,
                {buffers_.queries + row * buffers_.query_stride, buffers_.query_stride,
                 buffers_.query_bias + row},
-               {buffers_.key_panels, buffers_.key_bias}, scores);
-    if (coverage == Coverage::partial)
+               {buffers_.key_panels + offset * shape_.head_dim, buffers_.key_bias + offset},
+               scores);
+    if (coverage == Coverage::partial) {
       terms_.hide(tile, scores.data, scores.row_stride, simd::minus_infinity<Accumulator>);
+    }
     const simd::Tile<Accumulator> out{buffers_.out + row * buffers_.out_stride,
                                       buffers_.out_stride};
     take_weights(tile, row, scores, out);
-    add_values(tile, scores, out);
+    // O += W·V
+    add_weighted_rows<false, Scalar>(
+        terms_, tile, scores,
+        {buffers_.value_panels, buffers_.non_finite_values, value_rows_, Accumulator(1)}, offset,
+        out);
   }
 
   /// Scores become weights; the columns that only pad the tile get weight 0.
@@ -141,18 +147,6 @@ class ForwardTask {
       buffers_.softmax.update(row + i, score_row, padded_keys, out.data + i * out.row_stride,
                               out.row_stride);
     }
-  }
-
-  /// O += W·V.
-  void add_values(const Tile& tile, simd::Tile<Accumulator> weights, simd::Tile<Accumulator> out) {
-    simd::add_product<Accumulator>(
-        tile.queries, shape_.value_dim, tile.keys, {weights.data, weights.row_stride, 1},
-        {buffers_.value_panels, tile.keys * simd::panel_width<Accumulator>}, out);
-    add_non_finite_rows(
-        buffers_.non_finite_values, value_rows(tile.first_key, tile.keys), Accumulator(1),
-        tile.queries, out,
-        [&](Index i, Index j) { return weights.data[i * weights.row_stride + j]; },
-        [&](Index i, Index j) { return terms_.allows(tile.first_query + i, tile.first_key + j); });
   }
 
   void store(const ForwardOutputs<Scalar>& outputs) const {
@@ -178,6 +172,7 @@ class ForwardTask {
   Index key_value_head_;
   Index first_query_;
   Index queries_;
+  MatrixView<const Scalar> value_rows_;  ///< those that are packed
 };
 
 /// How a forward pass is shared out: one item for each block of queries of each key/value head.

@@ -67,19 +67,44 @@ void score_tile(const Tile& tile, Index head_dim, const QueryTile<Accumulator>& 
       {keys.panels, head_dim * simd::panel_width<Accumulator>}, scores, {queries.bias, keys.bias});
 }
 
-/// What the rows that were packed as zeros contribute to C = A·B: row b of B goes into row r of C
-/// with its weight A_rb wherever `sees(r, b)`.
-template <class Scalar, class Accumulator, class Weight, class Sees>
-void add_non_finite_rows(const simd::NonFiniteRows& list, MatrixView<const Scalar> source,
-                         Accumulator factor, Index rows, simd::Tile<Accumulator> c, Weight&& weight,
-                         Sees&& sees) {
-  for (Index n = 0; n < list.count; ++n) {
-    const Index b = list.rows[n];
-    for (Index r = 0; r < rows; ++r) {
-      if (!sees(r, b)) continue;
-      Accumulator* row = c.data + r * c.row_stride;
-      for (Index col = 0; col < source.cols; ++col) {
-        row[col] += weight(r, b) * (factor * static_cast<Accumulator>(source(b, col)));
+/// Rows of an input, times `factor`, packed as a right operand.
+template <class Scalar>
+struct PackedRows {
+  using Accumulator = accumulator_t<Scalar>;
+
+  const Accumulator* panels;
+  simd::NonFiniteRows non_finite;  ///< these are zeros in the panels
+  MatrixView<const Scalar> source;
+  Accumulator factor;
+};
+
+/// C += A·B, where B are the packed rows [first, first + depth) and A the coefficients of one tile,
+/// queries × keys: its rows are C's where B are keys, its columns (`transposed`) where B are
+/// queries. What rows that are not finite contribute is added one by one, and only to those rows of
+/// C that no mask keeps from seeing them.
+template <bool transposed, class Scalar, class Terms>
+void add_weighted_rows(const Terms& terms, const Tile& tile,
+                       simd::Tile<accumulator_t<Scalar>> coefficients, const PackedRows<Scalar>& b,
+                       Index first, simd::Tile<accumulator_t<Scalar>> c) {
+  using Accumulator = accumulator_t<Scalar>;
+  constexpr Index width = simd::panel_width<Accumulator>;
+  const Index stride = coefficients.row_stride;
+  const simd::LeftOperand<Accumulator> a{coefficients.data, transposed ? 1 : stride,
+                                         transposed ? stride : 1};
+  const Index rows = transposed ? tile.keys : tile.queries;
+  const Index depth = transposed ? tile.queries : tile.keys;
+  simd::add_product<Accumulator>(rows, b.source.cols, depth, a,
+                                 {b.panels + first * width, b.source.rows * width}, c);
+  for (Index n = 0; n < b.non_finite.count; ++n) {
+    const Index k = b.non_finite.rows[n] - first;
+    for (Index r = 0; 0 <= k && k < depth && r < rows; ++r) {
+      if (!terms.allows(tile.first_query + (transposed ? k : r),
+                        tile.first_key + (transposed ? r : k)))
+        continue;
+      const Accumulator weight = a.data[r * a.row_stride + k * a.depth_stride];
+      for (Index col = 0; col < b.source.cols; ++col) {
+        c.data[r * c.row_stride + col] +=
+            weight * (b.factor * static_cast<Accumulator>(b.source(first + k, col)));
       }
     }
   }

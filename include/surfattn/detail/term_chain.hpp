@@ -30,6 +30,23 @@ Coverage coverage(const Mask& mask, const Tile& tile) {
   return all ? Coverage::full : any ? Coverage::partial : Coverage::empty;
 }
 
+/// The keys of the tile outside which its queries see nothing.
+template <RangeMask Mask>
+KeyRange seen_keys(const Mask& mask, const Tile& tile) {
+  KeyRange seen{tile.first_key + tile.keys, tile.first_key};
+  for (Index i = tile.first_query; i < tile.first_query + tile.queries; ++i) {
+    const KeyRange range = mask.range(i);
+    if (range.first >= range.last) continue;
+    seen = {std::min(seen.first, range.first), std::max(seen.last, range.last)};
+  }
+  return seen;
+}
+
+template <PairMask Mask>
+KeyRange seen_keys(const Mask&, const Tile& tile) {
+  return {tile.first_key, tile.first_key + tile.keys};
+}
+
 template <PairMask Mask>
 Coverage coverage(const Mask& mask, const Tile& tile) {
   return mask.coverage(tile);
@@ -74,6 +91,22 @@ class TermChain {
       return answer != Coverage::empty;
     });
     return !possible ? Coverage::empty : full ? Coverage::full : Coverage::partial;
+  }
+
+  /// The tile without the keys at its sides that none of its queries sees, as far as whole groups
+  /// of `step` keys can be left out.
+  Tile trim(const Tile& tile, Index step) const {
+    Index first = tile.first_key, last = tile.first_key + tile.keys;
+    every([&](const auto& term) {
+      const KeyRange seen = detail::seen_keys(term, tile);
+      first = std::max(first, seen.first);
+      last = std::min(last, seen.last);
+      return true;
+    });
+    Tile trimmed = tile;
+    trimmed.first_key = first - (first - tile.first_key) % step;
+    trimmed.keys = std::max<Index>(0, last - trimmed.first_key);
+    return trimmed;
   }
 
   template <class Scalar>

@@ -17,30 +17,40 @@ struct Tiling {
   Index block;  ///< queries (forward) or keys (backward) of one task
 };
 
-/// Numbers of one tile operand that stay within a share of the first-level cache: 8192 floats.
+/// `wanted` keys of the given width, or fewer where they are so wide that a packed tile would
+/// outgrow its quarter of a second-level cache of 1 MiB.
 template <class Scalar>
-constexpr Index tile_budget = 32768 / static_cast<Index>(sizeof(Scalar));
-
-/// `wanted` rows of the given width, or fewer where rows are so wide that the tile would leave the
-/// cache.
-template <class Scalar>
-constexpr Index tile_rows(Index wanted, Index width, Index multiple) {
-  const Index fitting = 2 * tile_budget<Scalar> / std::max<Index>(width, 1);
+constexpr Index tile_rows(Index wanted, Index width) {
+  constexpr Index multiple = simd::panel_width<Scalar>;
+  constexpr Index budget = (Index(1) << 18) / static_cast<Index>(sizeof(Scalar));
+  const Index fitting = budget / std::max<Index>(width, 1);
   return std::clamp(fitting / multiple * multiple, multiple, wanted);
 }
 
+/// The rows of one task: as many as `most`, or fewer so that a problem of `rows` rows gives several
+/// threads something to do. A function of the problem alone, so that the bits of a result do not
+/// depend on the number of threads.
+constexpr Index task_rows(Index rows, Index tile, Index most) {
+  constexpr Index tasks = 4;
+  const Index share = (rows / tasks + tile - 1) / tile * tile;
+  return std::clamp(share, tile, std::max(tile, most));
+}
+
+/// Measured on AVX-512: long rows of scores pay for what the softmax does once for each row, and
+/// large blocks for packing the keys.
 template <class Scalar>
 Tiling forward_tiling(const Shape& shape) {
-  const Index width = std::max(shape.head_dim, shape.value_dim);
-  const Index key_tile = tile_rows<Scalar>(256, width, simd::panel_width<Scalar>);
-  return {16, key_tile, std::max<Index>(16, 512 / shape.group())};
+  constexpr Index query_tile = 64;
+  const Index most = 1024 / shape.group() / query_tile * query_tile;
+  return {query_tile, tile_rows<Scalar>(512, std::max(shape.head_dim, shape.value_dim)),
+          task_rows(shape.queries * shape.key_value_heads, query_tile, most)};
 }
 
 template <class Scalar>
 Tiling backward_tiling(const Shape& shape) {
-  const Index width = std::max(shape.head_dim, shape.value_dim);
-  const Index rows = tile_rows<Scalar>(128, width, simd::panel_width<Scalar>);
-  return {rows, rows, 4 * rows};
+  const Index keys = tile_rows<Scalar>(256, std::max(shape.head_dim, shape.value_dim));
+  return {std::min<Index>(keys, 128), keys,
+          task_rows(shape.keys * shape.key_value_heads, keys, 4 * keys)};
 }
 
 /// Rows of a score tile are this far apart: whole panels, and an odd number of cache lines so that

@@ -35,28 +35,41 @@ inline constexpr double exp2_polynomial<double>[] = {
 
 /// 2ˣ for x ≤ 127 (float) or x ≤ 1023 (double): a softmax takes it of differences to a maximum.
 ///
-/// x = n + r with n an integer and |r| ≤ ½, exactly; a polynomial in r; n into the exponent. At
-/// most 2 ulp from −126 (float) or −1022 (double) on; smaller arguments, −∞ among them, give
-/// exactly 0, so that a masked weight is exactly 0. 2⁰ is exactly 1, and NaN gives NaN. Where the
-/// target has no vectors, std::exp2.
-template <class Scalar>
-SURFATTN_ALWAYS_INLINE Packet<Scalar> exp2(Packet<Scalar> x) {
+/// x = n + r with n an integer and |r| ≤ ½, exactly; a polynomial in r; times 2ⁿ, whose bits are n
+/// in the exponent. At most 2 ulp from −126 (float) or −1022 (double) on; where n is one less, or
+/// would be, those bits spell 0, so that smaller arguments and −∞ give exactly 0: a masked weight
+/// is exactly 0. 2⁰ is exactly 1, and NaN gives NaN. Where the target has no vectors, std::exp2.
+///
+/// Takes several packets at once, and each step for all of them before the next: the steps of one
+/// packet wait for each other, those of different packets do not.
+template <class Scalar, int Count>
+SURFATTN_ALWAYS_INLINE void exp2(Packet<Scalar> (&x)[Count]) {
   if constexpr (lanes<Scalar> == 1) {
-    return std::exp2(x);
+    for (auto& number : x) number = std::exp2(number);
   } else {
     constexpr int digits = std::numeric_limits<Scalar>::digits;
     const auto magic = broadcast(
         Scalar(3) * Scalar(std::uint64_t(1) << (digits - 2)));  // adding it rounds to an integer
-    const auto biased = add(x, magic);
-    const auto r = subtract(x, subtract(biased, magic));
-    constexpr auto& coefficients = exp2_polynomial<Scalar>;
-    auto y = broadcast(coefficients[std::size(coefficients) - 1]);
+    const auto smallest = broadcast(Scalar(std::numeric_limits<Scalar>::min_exponent - 2));
+    Packet<Scalar> biased[Count], y[Count];
     SURFATTN_UNROLL
-    for (int k = int(std::size(coefficients)) - 2; k >= 0; --k)
-      y = multiply_add(y, r, broadcast(coefficients[k]));
-    y = multiply_add(y, r, broadcast(Scalar(1)));
-    const auto smallest = broadcast(Scalar(std::numeric_limits<Scalar>::min_exponent - 1));
-    return zero_where_less<Scalar>(x, smallest, multiply(y, power_of_two<Scalar>(biased)));
+    for (int i = 0; i < Count; ++i) x[i] = maximum(x[i], smallest);
+    SURFATTN_UNROLL
+    for (int i = 0; i < Count; ++i) biased[i] = add(x[i], magic);
+    SURFATTN_UNROLL
+    for (int i = 0; i < Count; ++i) x[i] = subtract(x[i], subtract(biased[i], magic));
+    constexpr auto& coefficients = exp2_polynomial<Scalar>;
+    constexpr int degree = int(std::size(coefficients));
+    SURFATTN_UNROLL
+    for (int i = 0; i < Count; ++i) y[i] = broadcast(coefficients[degree - 1]);
+    SURFATTN_UNROLL
+    for (int k = degree - 2; k >= -1; --k) {
+      const auto coefficient = broadcast(k < 0 ? Scalar(1) : coefficients[k < 0 ? 0 : k]);
+      SURFATTN_UNROLL
+      for (int i = 0; i < Count; ++i) y[i] = multiply_add(y[i], x[i], coefficient);
+    }
+    SURFATTN_UNROLL
+    for (int i = 0; i < Count; ++i) x[i] = multiply(y[i], power_of_two<Scalar>(biased[i]));
   }
 }
 

@@ -68,6 +68,7 @@ SURFATTN_ALWAYS_INLINE P multiply_add(P a, P b, P c) {
   return Eigen::internal::pmadd(a, b, c);
 }
 
+/// The larger; a NaN in `a` stays.
 template <class P>
 SURFATTN_ALWAYS_INLINE P maximum(P a, P b) {
   return Eigen::internal::pmax(a, b);
@@ -81,17 +82,6 @@ SURFATTN_ALWAYS_INLINE auto sum(P a) {
 template <class P>
 SURFATTN_ALWAYS_INLINE auto maximum_of(P a) {
   return Eigen::internal::predux_max(a);
-}
-
-/// Lane by lane: a < b ? 0 : otherwise. A NaN in a or b keeps `otherwise`.
-template <class Scalar>
-SURFATTN_ALWAYS_INLINE Packet<Scalar> zero_where_less(Packet<Scalar> a, Packet<Scalar> b,
-                                                      Packet<Scalar> otherwise) {
-  if constexpr (lanes<Scalar> == 1) {
-    return a < b ? Scalar(0) : otherwise;
-  } else {
-    return Eigen::internal::pandnot(otherwise, Eigen::internal::pcmp_lt(a, b));
-  }
 }
 
 /// Lane by lane: a = 0 ? 0 : otherwise.

@@ -9,10 +9,10 @@
 
 namespace surfattn::detail::simd {
 
-/// Rows of an operand that hold an infinity or a NaN once they are scaled. They are packed as zeros, because a product
-/// over a tile would carry 0·NaN into rows that a mask keeps from seeing them;
-/// `add_non_finite_rows` adds what they contribute where no mask stands in front of them. So finite
-/// rows give the same bits whatever lies behind a mask.
+/// Rows of an operand that hold an infinity or a NaN once they are scaled. They are packed as
+/// zeros, because a product over a tile would carry 0·NaN into rows that a mask keeps from seeing
+/// them; `add_non_finite_rows` adds what they contribute where no mask stands in front of them. So
+/// finite rows give the same bits whatever lies behind a mask.
 struct NonFiniteRows {
   Index* rows = nullptr;
   Index count = 0;
@@ -125,7 +125,8 @@ void row_products(MatrixView<const Source> a, MatrixView<const Source> b, Scalar
   }
 }
 
-/// Σ_ij a_ij·b_ij, where a zero in `a` (a query or key that took no part) hides whatever stands in `b`.
+/// Σ_ij a_ij·b_ij, where a zero in `a` (a query or key that took no part) hides whatever stands in
+/// `b`.
 template <class Scalar, class Source>
 Scalar sum_of_products(MatrixView<const Source> a, MatrixView<const Source> b) {
   auto total = broadcast(Scalar(0));

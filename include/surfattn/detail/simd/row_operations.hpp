@@ -25,21 +25,32 @@ Scalar row_maximum(const Scalar* row, Index count) {
   return maximum_of(maximum(largest[0], largest[1]));
 }
 
+/// The part of a row that `Count` packets hold: row ← 2^(row − subtrahend), added to `sums`.
+template <int Count, class Scalar>
+SURFATTN_ALWAYS_INLINE void exp2_packets(Scalar* row, Packet<Scalar> subtrahend,
+                                         Packet<Scalar> (&sums)[panel_packets]) {
+  Packet<Scalar> weights[Count];
+  SURFATTN_UNROLL
+  for (int p = 0; p < Count; ++p) weights[p] = subtract(load(row + p * lanes<Scalar>), subtrahend);
+  exp2<Scalar>(weights);
+  SURFATTN_UNROLL
+  for (int p = 0; p < Count; ++p) {
+    store(row + p * lanes<Scalar>, weights[p]);
+    sums[p % panel_packets] = add(sums[p % panel_packets], weights[p]);
+  }
+}
+
 /// row ← 2^(row − shift) over a whole number of panels; returns the sum.
 template <class Scalar>
 Scalar exp2_row(Scalar* row, Index count, Scalar shift) {
   const auto subtrahend = broadcast(shift);
   Packet<Scalar> sums[panel_packets];
   for (auto& packet : sums) packet = broadcast(Scalar(0));
-  for (Index j = 0; j < count; j += panel_width<Scalar>) {
-    SURFATTN_UNROLL
-    for (int p = 0; p < panel_packets; ++p) {
-      Scalar* at = row + j + p * lanes<Scalar>;
-      const auto weights = exp2<Scalar>(subtract(load(at), subtrahend));
-      store(at, weights);
-      sums[p] = add(sums[p], weights);
-    }
+  Index j = 0;
+  for (constexpr Index two = 2 * panel_width<Scalar>; j + two <= count; j += two) {
+    exp2_packets<2 * panel_packets>(row + j, subtrahend, sums);
   }
+  if (j < count) exp2_packets<panel_packets>(row + j, subtrahend, sums);
   return sum(add(sums[0], sums[1]));
 }
 
@@ -61,11 +72,14 @@ void softmax_gradient_row(const Scalar* weights, Scalar* gradients, Index count,
   }
 }
 
-/// totals ← totals + row over a whole number of panels.
+/// totals ← totals + row over `count` numbers, and none beside them.
 template <class Scalar>
 void add_row(const Scalar* row, Scalar* totals, Index count) {
-  for (Index j = 0; j < count; j += lanes<Scalar>)
+  Index j = 0;
+  for (; j + lanes<Scalar> <= count; j += lanes<Scalar>) {
     store(totals + j, add(load(totals + j), load(row + j)));
+  }
+  for (; j < count; ++j) totals[j] += row[j];
 }
 
 }  // namespace surfattn::detail::simd
