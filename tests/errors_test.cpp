@@ -600,3 +600,15 @@ TEST_CASE("A replaced error handler gets the message, until the one before it is
 }
 
 }  // namespace
+
+// ---- Numbers that are fine in double and not in the precision of the call -------------------------
+
+TEST_CASE("A scale must be usable in the precision of the call", "[errors]") {
+  const surfattn::Matrix<float> x = surfattn::Matrix<float>::Ones(3, 2);
+  for (const double bandwidth : {1e-25, 1e25}) {
+    check_error({"scale", "precision of queries"},
+                [&] { surfattn::project(x, x, {.bandwidth = bandwidth}); });
+  }
+  check_error({"scale", "precision of queries"},
+              [&] { surfattn::attention(x, x, x, {.scale = 1e300}); });
+}

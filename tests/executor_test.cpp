@@ -111,6 +111,28 @@ TEST_CASE("a thread pool serves many calls, and calls from many threads") {
   CHECK(sum == 4 * 500 * (0 + 1 + 2));
 }
 
+TEST_CASE(
+    "a workspace made for a longer sequence serves a shorter one, on as many threads as fit") {
+  std::mt19937_64 random = seeded_random();
+  ThreadPool pool(4);
+  const Options options{.executor = &pool};
+  const auto x = random_matrix<float>(1028, 4, random);
+  const Workspace forward_workspace(workspace_size(Pass::forward, x, x, x, options));
+  const Workspace backward_workspace(workspace_size(Pass::backward, x, x, x, options));
+  for (const Index tokens : {1027, 900, 513, 257, 64, 20}) {
+    CAPTURE(tokens);
+    const Matrix<float> part = x.topRows(tokens);
+    Forward<float> f{part, Matrix<float>(tokens, 1)};
+    attention_forward_into(part, part, part, f.out, f.log_sum_exp, forward_workspace, options);
+    Matrix<float> grad_q = part, grad_k = part, grad_v = part;
+    attention_backward_into(part, part, part, f.out, f.log_sum_exp, part, grad_q, grad_k, grad_v,
+                            backward_workspace, options);
+    const auto alone = attention_forward(part, part, part);
+    CHECK((f.out.array() == alone.out.array()).all());
+    CHECK((grad_k.array() == attention_backward(part, part, part, alone, part).keys.array()).all());
+  }
+}
+
 TEST_CASE("a workspace for more threads is as much larger") {
   const Eigen::Map<const Matrix<float>> x(nullptr, 4096, 64);
   ThreadPool pool(2);

@@ -178,3 +178,24 @@ TEST_CASE("gradients of the engine agree with automatic differentiation of the r
     });
   }
 }
+
+TEST_CASE("the bandwidth's gradient in float survives an offset of all points") {
+  std::mt19937_64 random = seeded_random();
+  const auto q = random_matrix<double>(200, 8, random), k = random_matrix<double>(300, 8, random);
+  const auto gradient = [&]<class Scalar>(Scalar offset) {
+    const Matrix<Scalar> shifted_q = q.cast<Scalar>().array() + offset,
+                         shifted_k = k.cast<Scalar>().array() + offset;
+    const SurfaceOptions options{.bandwidth = 0.5};
+    // a loss that moves with the points
+    const Matrix<Scalar> grad_out = q.cast<Scalar>();
+    return double(project_backward(shifted_q, shifted_k,
+                                   project_forward(shifted_q, shifted_k, options), grad_out,
+                                   options)
+                      .bandwidth);
+  };
+  const double exact = gradient(0.0);
+  CAPTURE(seed(), exact);
+  CHECK(std::abs(gradient(10.0) - exact) <= 1e-10 * std::abs(exact));
+  // scores of the size β·100·d lose their last digits: u·3200 ≈ 2e-4 each
+  CHECK(std::abs(gradient(10.0f) - exact) <= 1e-2 * std::abs(exact));
+}

@@ -734,23 +734,25 @@ void heads_are_independent(const Problem& p) {
         2 * e * 2 * std::pow(p.scale, 1.5) * terms);
 }
 
+/// Not bit for bit: how a problem is cut depends on how many heads share a key.
 void groups_share_their_keys(const Problem& p) {
   const Result all = evaluate(p);
+  const Tolerance t(p);
   const Index heads = p.query_heads(), key_heads = p.key_heads();
   Wide grad_keys = Wide::Zero(p.keys.rows(), p.keys.cols());
   Wide grad_values = Wide::Zero(p.values.rows(), p.values.cols());
   for (Index head = 0; head < heads; ++head) {
     const Result one = evaluate(one_head(p, head));
-    CHECK(identical(head_of(all.out, head, heads), one.out));
-    CHECK(identical(head_of(all.log_sum_exp, head, heads), one.log_sum_exp));
-    CHECK(identical(head_of(all.grad_queries, head, heads), one.grad_queries));
+    CHECK(difference(head_of(all.out, head, heads), one.out) <= 2 * t.out);
+    CHECK(difference(head_of(all.log_sum_exp, head, heads), one.log_sum_exp) <= 2 * t.log_sum_exp);
+    CHECK(difference(head_of(all.grad_queries, head, heads), one.grad_queries) <=
+          2 * t.grad_queries);
     const Index width = p.keys.cols() / key_heads, shared = head / p.group();
     grad_keys.middleCols(shared * width, width) += one.grad_keys;
     if (p.form == Form::standard) {
       grad_values.middleCols(shared * p.value_dim(), p.value_dim()) += one.grad_values;
     }
   }
-  const Tolerance t(p);
   CHECK(difference(all.grad_keys, grad_keys) <= 2 * t.grad_keys);
   if (p.form == Form::standard)
     CHECK(difference(all.grad_values, grad_values) <= 2 * t.grad_values);

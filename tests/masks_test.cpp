@@ -286,6 +286,7 @@ void equals_its_pattern(const Problem<S>& p, const Mask& mask, Random&) {
 
 TEST_CASE("Terms hide what the dense mask of their pattern hides", "[masks]") {
   for_each_problem<double>({{1, 1, 3, 2},
+                            {2, 600, 3, 2, 4, 2},
                             {7, 9, 3, 2},
                             {9, 9, 3, 2, 4, 2},
                             {17, 8, 5, 3},
@@ -486,7 +487,9 @@ void poison_changes_no_bit(const Problem<S>& p, const Mask& mask, Random&) {
 
 TEMPLATE_TEST_CASE("Whatever stands behind the mask changes no bit of anything", "[masks]", float,
                    double) {
-  for_each_problem<TestType>({{15, 17, 3, 2},
+  for_each_problem<TestType>({{1, 300, 3, 2},
+                              {3, 257, 5, 2, 4, 2},
+                              {15, 17, 3, 2},
                               {17, 16, 3, 2, 4, 2},
                               {16, 255, 3, 2},
                               {257, 256, 5, 2, 2, 1},
@@ -660,6 +663,7 @@ void nan_reaches_what_depends_on_it(const Problem<S>& p, const Mask& mask, Rando
 
 TEMPLATE_TEST_CASE("A NaN reaches exactly what depends on it", "[masks]", float, double) {
   for_each_problem<TestType>({{2, 3, 1, 1},
+                              {1, 300, 3, 2, 4, 2},
                               {9, 17, 3, 2, 4, 2},
                               {17, 9, 3, 2, 3, 1},
                               {33, 40, 2, 5, 2, 2},

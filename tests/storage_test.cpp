@@ -503,8 +503,6 @@ TEST_CASE("Outputs may be of fixed size, references and vectors", "[storage]") {
 
 // ---- Workspaces --------------------------------------------------------------------------------
 
-using Plain = Stored<Matrix<double>>;
-
 struct PlainOutput {
   Matrix<double> matrix;
   Matrix<double>& view() { return matrix; }

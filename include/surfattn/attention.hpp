@@ -24,6 +24,7 @@ Operands<scalar_t<Queries>> attention_operands(const Queries& queries, const Key
   operands.keys = view(keys);
   operands.values = view(values);
   operands.scale = scale_or_default<Scalar>(options.scale, operands.shape.head_dim);
+  require.usable_scale(operands.scale, false);
   return operands;
 }
 

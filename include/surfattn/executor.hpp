@@ -57,9 +57,9 @@ inline Index workers(const Executor* executor, Index items) {
   return most < 1 ? 1 : most < items ? most : items;
 }
 
-/// Workers take items in order, each the next one when it is free: work(take) is called once for
-/// each worker w as work(w, take), and take() gives the next item, or `items` and more when none is
-/// left. So an item that has begun is never behind one that has not.
+/// Calls work(w, take) once for each worker w. Workers take items in order, each the next one when
+/// it is free: take() gives the next item, or `items` and more when none is left. So an item that
+/// has begun is never behind one that has not.
 template <class Work>
 void share_items(Executor* executor, Index worker_count, const Work& work) {
   std::atomic<Index> next{0};

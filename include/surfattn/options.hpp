@@ -42,7 +42,10 @@ class KeyPrior {
     weights_ = {weights.data, weights.rows, weights.cols, weights.row_stride, weights.col_stride};
   }
 
-  bool is_uniform() const { return kind_ == Kind::uniform; }
+  /// A temporary matrix would be gone before the prior is used.
+  template <detail::OwningMatrix Derived>
+  KeyPrior(const Derived&&) = delete;
+
   bool is_sdpa() const { return kind_ == Kind::sdpa; }
   bool is_explicit() const { return kind_ == Kind::explicit_weights; }
 

@@ -39,8 +39,9 @@ Operands<scalar_t<Queries>> surface_operands(const Queries& queries, const Keys&
   operands.keys = operands.values = view(keys);
   operands.values_are_keys = true;
   operands.scale = surface_scale<Scalar>(options, operands.shape.head_dim);
-  operands.query_norm_weight = -operands.scale / 2;
-  if (!options.prior.is_sdpa()) operands.key_norm_weight = -operands.scale / 2;
+  require.usable_scale(operands.scale, true);
+  if (!options.prior.is_sdpa())
+    operands.query_norm_weight = operands.key_norm_weight = -operands.scale / 2;
   if (options.prior.is_explicit()) {
     operands.log_prior = options.prior.template log_weights<Scalar>();
     if (operands.log_prior.cols == 1) operands.log_prior.col_stride = 0;
@@ -48,36 +49,52 @@ Operands<scalar_t<Queries>> surface_operands(const Queries& queries, const Keys&
   return operands;
 }
 
-/// Σ_j c_j‖k_j‖² over all keys and key/value heads.
+/// dβ of one key/value head. S_ij = β·q_i·k_j − (β/2)(‖q_i‖² + ‖k_j‖²) does not change when all
+/// points move by the same m, and Σ_j dS_ij = 0, so
+///
+///     dβ = (1/β)·Σ_i (q_i − m)·dq_i − ½ Σ_j c_j‖k_j − m‖²
+///
+/// for every m. The first key that took part serves: about it, the numbers are as small as the
+/// surface is wide. With the prior `sdpa` the second sum falls away, and m must be 0.
 template <class Scalar>
-accumulator_t<Scalar> norm_gradient(const Operands<Scalar>& operands,
-                                    MatrixView<Scalar> grad_key_bias) {
+accumulator_t<Scalar> scale_gradient(const Operands<Scalar>& operands, Index head,
+                                     MatrixView<const Scalar> grad_queries,
+                                     MatrixView<const Scalar> grad_key_bias) {
   using Accumulator = accumulator_t<Scalar>;
-  Accumulator sum(0);
-  for (Index head = 0; head < operands.shape.key_value_heads; ++head) {
-    const auto keys = operands.key_head(head);
-    for (Index j = 0; j < keys.rows; ++j) {
-      const auto gradient = static_cast<Accumulator>(grad_key_bias(j, head));
-      if (gradient == Accumulator(0)) continue;
-      Accumulator norm(0);
-      simd::squared_norms(keys.block_rows(j, 1), &norm);
-      sum += gradient * norm;
-    }
+  const auto keys = operands.key_head(head);
+  const auto took_part = [&](Index key) { return grad_key_bias(key, head) != Scalar(0); };
+  Index first = 0;
+  while (first < keys.rows && !took_part(first)) ++first;
+  if (first == keys.rows) return Accumulator(0);
+  const bool has_norms = operands.key_norm_weight != Accumulator(0);
+  const Scalar zero(0);
+  const auto origin =
+      has_norms ? keys.block_rows(first, 1) : MatrixView<const Scalar>{&zero, 1, keys.cols, 0, 0};
+  Accumulator of_queries(0), of_norms(0);
+  for (Index member = head * operands.shape.group(); member < (head + 1) * operands.shape.group();
+       ++member) {
+    const auto grad =
+        grad_queries.block_cols(member * operands.shape.head_dim, operands.shape.head_dim);
+    of_queries += simd::sum_of_products<Accumulator>(grad, operands.query_head(member), origin);
   }
-  return sum;
+  for (Index j = first; has_norms && j < keys.rows; ++j) {
+    if (!took_part(j)) continue;
+    Accumulator distance(0);
+    simd::squared_distances(keys.block_rows(j, 1), origin, &distance);
+    of_norms += static_cast<Accumulator>(grad_key_bias(j, head)) * distance;
+  }
+  return of_queries / operands.scale - of_norms / 2;
 }
 
-/// dβ = (1/β)·Σ q∘dq − ½ Σ_j c_j‖k_j‖², and from σ = β^(−1/2), dσ = −2β^(3/2)·dβ. The norms of the
-/// queries cancel in the softmax.
+/// From σ = β^(−1/2): dσ = −2β^(3/2)·dβ.
 template <class Scalar>
-Scalar bandwidth_gradient(const Operands<Scalar>& operands, MatrixView<Scalar> grad_queries,
-                          MatrixView<Scalar> grad_key_bias) {
+Scalar bandwidth_gradient(const Operands<Scalar>& operands, MatrixView<const Scalar> grad_queries,
+                          MatrixView<const Scalar> grad_key_bias) {
   using Accumulator = accumulator_t<Scalar>;
-  Accumulator grad_scale =
-      simd::sum_of_products<Accumulator>(MatrixView<const Scalar>(grad_queries), operands.queries) /
-      operands.scale;
-  if (operands.key_norm_weight != Accumulator(0))
-    grad_scale -= norm_gradient(operands, grad_key_bias) / 2;
+  Accumulator grad_scale(0);
+  for (Index head = 0; head < operands.shape.key_value_heads; ++head) {
+    grad_scale += scale_gradient(operands, head, grad_queries, grad_key_bias);
+  }
   return static_cast<Scalar>(-2 * operands.scale * std::sqrt(operands.scale) * grad_scale);
 }
 
@@ -133,15 +150,16 @@ void project_forward_into(const Queries& queries, const Keys& keys, Out&& out,
 /// prior serves all heads (its gradient is then the sum over the columns). `workspace` needs
 /// workspace_size(Pass::backward, queries, keys, options) bytes.
 template <class Queries, class Keys, class Out, class LogSumExp, class GradOut, class GradQueries,
-          class GradKeys, class Scalar, class GradLogPrior, class... Terms>
+          class GradKeys, class GradLogPrior, class... Terms>
 void project_backward_into(const Queries& queries, const Keys& keys, const Out& out,
                            const LogSumExp& log_sum_exp, const GradOut& grad_out,
-                           GradQueries&& grad_queries, GradKeys&& grad_keys, Scalar& grad_bandwidth,
-                           GradLogPrior&& grad_log_prior, const Workspace& workspace,
-                           const SurfaceOptions& options = {}, const Terms&... terms) {
+                           GradQueries&& grad_queries, GradKeys&& grad_keys,
+                           detail::scalar_t<Queries>& grad_bandwidth, GradLogPrior&& grad_log_prior,
+                           const Workspace& workspace, const SurfaceOptions& options = {},
+                           const Terms&... terms) {
   detail::check_inputs_at_compile_time<Queries, Keys, Out, LogSumExp, GradOut>();
-  detail::check_outputs_at_compile_time<detail::scalar_t<Queries>, GradQueries, GradKeys,
-                                        GradLogPrior>();
+  using Scalar = detail::scalar_t<Queries>;
+  detail::check_outputs_at_compile_time<Scalar, GradQueries, GradKeys, GradLogPrior>();
   constexpr detail::Require require("project_backward");
   const auto& q = detail::stored(queries);
   const auto& k = detail::stored(keys);
@@ -156,7 +174,8 @@ void project_backward_into(const Queries& queries, const Keys& keys, const Out& 
       detail::view(grad_queries), detail::view(grad_keys), {}, detail::view(grad_log_prior)};
   detail::run_backward(operands, {detail::view(o), detail::view(l), detail::view(g)}, gradients,
                        workspace, options.executor, require, terms...);
-  grad_bandwidth = detail::bandwidth_gradient(operands, gradients.queries, *gradients.key_bias);
+  grad_bandwidth =
+      detail::bandwidth_gradient<Scalar>(operands, gradients.queries, *gradients.key_bias);
 }
 
 /// Projection of each query onto the surface that the keys sample: for each query head,

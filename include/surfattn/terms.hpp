@@ -6,6 +6,7 @@
 #include <concepts>
 #include <limits>
 #include <optional>
+#include <string>
 #include <surfattn/detail/require.hpp>
 #include <surfattn/detail/view.hpp>
 #include <surfattn/types.hpp>
@@ -154,6 +155,10 @@ class BoolMask {
   template <detail::StoredMatrix Derived>
   explicit BoolMask(const Derived& mask) : mask_(detail::view(mask)) {}
 
+  /// A temporary matrix would be gone before the mask is used.
+  template <detail::OwningMatrix Derived>
+  explicit BoolMask(const Derived&&) = delete;
+
   BoolMask bind(const detail::Shape& shape, const detail::Require& require) const {
     require.shape("BoolMask", detail::extent(mask_), {shape.queries, shape.keys}, "queries × keys");
     return *this;
@@ -186,5 +191,7 @@ class BoolMask {
 
 template <detail::StoredMatrix Derived>
 explicit BoolMask(const Derived&) -> BoolMask<detail::scalar_t<Derived>>;
+template <detail::OwningMatrix Derived>
+explicit BoolMask(const Derived&&) -> BoolMask<detail::scalar_t<Derived>>;
 
 }  // namespace surfattn

@@ -191,23 +191,32 @@ void check_surface_form(const Problem<Scalar>& p, MaskKind mask_kind, PriorKind 
   const auto prior_high = reference_prior<High>(prior, k, log_prior, High(bandwidth), heads);
   const auto prior_same =
       reference_prior<Scalar>(prior, p.keys, p.log_prior, Scalar(bandwidth), heads);
-  const auto exact =
-      reference::project_forward<High>(q, k, High(bandwidth), prior_high, heads, mask);
+  auto exact = reference::project_forward<High>(q, k, High(bandwidth), prior_high, heads, mask);
   const auto exact_grad =
       surface_reference_backward<High>(prior, q, k, High(bandwidth), prior_high, heads, mask, g);
-  const auto plain = reference::project_forward<Scalar>(p.queries, p.keys, Scalar(bandwidth),
-                                                        prior_same, heads, mask);
+  auto plain = reference::project_forward<Scalar>(p.queries, p.keys, Scalar(bandwidth), prior_same,
+                                                  heads, mask);
   const auto plain_grad = surface_reference_backward<Scalar>(
       prior, p.queries, p.keys, Scalar(bandwidth), prior_same, heads, mask, p.grad_projection);
+
+  if (prior == PriorKind::sdpa) {
+    // Its log-sum-exp is that of the scores β·q·k.
+    exact.log_sum_exp =
+        reference::attention_forward<High>(q, k, k, High(scale), heads, mask).log_sum_exp;
+    plain.log_sum_exp =
+        reference::attention_forward<Scalar>(p.queries, p.keys, p.keys, Scalar(scale), heads, mask)
+            .log_sum_exp;
+  }
 
   WholeBounds whole(p, p.keys.cols());
   for (Index head = 0; head < heads.query; ++head) {
     auto one = exact_head<High>(doubles(p.queries), doubles(p.keys), doubles(p.keys),
                                 doubles(p.grad_projection), exact, head, heads.query,
                                 heads.key_value, scale);
-    one.query_bias = scale / 2 * one.queries.rowwise().squaredNorm();
-    if (prior != PriorKind::sdpa)
+    if (prior != PriorKind::sdpa) {
+      one.query_bias = scale / 2 * one.queries.rowwise().squaredNorm();
       one.key_bias_magnitude = scale / 2 * one.keys.rowwise().squaredNorm();
+    }
     if (prior == PriorKind::explicit_weights) {
       one.key_bias_magnitude +=
           doubles(p.log_prior).cwiseAbs().col(head / (heads.query / heads.key_value));

@@ -8,6 +8,7 @@
 #include <string>
 #include <surfattn/detail/backward_engine.hpp>
 #include <surfattn/detail/forward_engine.hpp>
+#include <surfattn/detail/stream_engine.hpp>
 #include <surfattn/workspace.hpp>
 
 namespace surfattn::detail {
@@ -26,9 +27,11 @@ inline void check_workspace(const Require& require, const Workspace& workspace,
                std::to_string(needed) + " (see workspace_size)");
 }
 
-template <class Scalar>
-ForwardPlan<Scalar> forward_plan(const Shape& shape, const Executor* executor) {
-  return {shape, forward_tiling<Scalar>(shape), executor};
+/// Calls `use` with the plan of the forward pass that suits the shape.
+template <class Scalar, class Use>
+auto with_forward_plan(const Shape& shape, const Executor* executor, const Use& use) {
+  if (StreamPlan<Scalar>::fits(shape)) return use(StreamPlan<Scalar>(shape, executor));
+  return use(ForwardPlan<Scalar>(shape, forward_tiling<Scalar>(shape), executor));
 }
 
 template <class Scalar>
@@ -41,7 +44,8 @@ template <class Scalar>
 std::size_t workspace_size(Pass pass, const Shape& shape, bool values_are_keys,
                            const Executor* executor) {
   return pass == Pass::forward
-             ? forward_plan<Scalar>(shape, executor).workspace_size()
+             ? with_forward_plan<Scalar>(shape, executor,
+                                         [](const auto& plan) { return plan.workspace_size(); })
              : backward_plan<Scalar>(shape, values_are_keys, executor).workspace_size();
 }
 
@@ -57,15 +61,16 @@ void run_forward(const Operands<Scalar>& operands, const ForwardOutputs<Scalar>&
                  const Terms&... terms) {
   const Shape& shape = operands.shape;
   const auto bound = bind_terms(shape, require, terms...);
-  const auto plan = forward_plan<Scalar>(shape, executor);
   require.shape("out", extent(outputs.out), shape.out_extent(),
                 "queries × query heads · value width");
   if (outputs.log_sum_exp) {
     require.shape("log_sum_exp", extent(*outputs.log_sum_exp), shape.log_sum_exp_extent(),
                   "queries × query heads");
   }
-  check_workspace(require, workspace, plan.workspace_size());
-  forward(operands, bound, plan, outputs, workspace, executor);
+  with_forward_plan<Scalar>(shape, executor, [&](const auto& plan) {
+    check_workspace(require, workspace, plan.least_workspace_size());
+    forward(operands, bound, plan, outputs, workspace, executor);
+  });
 }
 
 /// The same for the backward pass.
@@ -89,7 +94,7 @@ void run_backward(const Operands<Scalar>& operands, const Upstream<Scalar>& upst
     require.shape("grad_values", extent(*gradients.values), shape.values_extent(),
                   "the shape of values");
   }
-  check_workspace(require, workspace, plan.workspace_size());
+  check_workspace(require, workspace, plan.least_workspace_size());
   backward(operands, bound, plan, upstream, gradients, workspace, executor);
 }
 

@@ -8,18 +8,19 @@
 #include <surfattn/detail/operands.hpp>
 #include <surfattn/detail/score_tile.hpp>
 #include <surfattn/detail/tiling.hpp>
+#include <surfattn/detail/work_plan.hpp>
 #include <surfattn/executor.hpp>
 #include <surfattn/workspace.hpp>
 
 namespace surfattn::detail {
 
-/// A product operand in two packed forms: rows as they are for a left operand, and zero-padded
-/// panels for a right operand.
+/// Memory for a product operand in two packed forms: rows for a left operand, panels for a right
+/// one.
 template <class Accumulator>
 struct PackedTile {
   Accumulator* rows = nullptr;
   Accumulator* panels = nullptr;
-  simd::NonFiniteRows non_finite;
+  Index* non_finite = nullptr;
 };
 
 /// Packed keys and gradient sums of one key tile of the block.
@@ -28,7 +29,7 @@ struct KeyTileBuffers {
   Accumulator* transposed_keys;
   Accumulator* transposed_values;
   Accumulator* key_panels;
-  simd::NonFiniteRows non_finite_keys;
+  Index* non_finite_keys;
   Accumulator* key_bias;
   Accumulator* grad_keys;
   Accumulator* grad_values;
@@ -46,7 +47,6 @@ struct BackwardBuffers {
   KeyTileBuffers<Accumulator> key_tiles[max_key_tiles];
   PackedTile<Accumulator> queries;
   PackedTile<Accumulator> grad_out;
-  Accumulator* query_bias;
   Accumulator* log_sum_exp;
   Accumulator* delta;
   Accumulator* grad_queries;
@@ -73,7 +73,7 @@ struct BackwardBuffers {
                                  ? tile.transposed_keys
                                  : arena.take<Accumulator>(padded_keys * shape.value_dim);
     tile.key_panels = arena.take<Accumulator>(keys * key_stride);
-    tile.non_finite_keys.rows = arena.take<Index>(keys);
+    tile.non_finite_keys = arena.take<Index>(keys);
     tile.key_bias = arena.take<Accumulator>(padded_keys);
     tile.grad_keys = arena.take<Accumulator>(keys * key_stride);
     tile.grad_values =
@@ -84,11 +84,10 @@ struct BackwardBuffers {
   void take_query_tile(Arena& arena, Index rows) {
     queries.rows = arena.take<Accumulator>(rows * key_stride);
     queries.panels = arena.take<Accumulator>(rows * key_stride);
-    queries.non_finite.rows = arena.take<Index>(rows);
+    queries.non_finite = arena.take<Index>(rows);
     grad_out.rows = arena.take<Accumulator>(rows * value_stride);
     grad_out.panels = arena.take<Accumulator>(rows * value_stride);
-    grad_out.non_finite.rows = arena.take<Index>(rows);
-    query_bias = arena.take<Accumulator>(rows);
+    grad_out.non_finite = arena.take<Index>(rows);
     log_sum_exp = arena.take<Accumulator>(rows);
     delta = arena.take<Accumulator>(rows);
     grad_queries = arena.take<Accumulator>(rows * key_stride);
@@ -124,7 +123,7 @@ struct Turns {
 /// arXiv:2205.14135, Algorithm 4). For each tile, each line beside the forward line that it
 /// differentiates:
 ///
-///     S = scale·Q·Kᵀ + a + b,   W = exp(S − L)
+///     S = scale·Q·Kᵀ + b,       W = exp(S − L)
 ///     O = W·V                   dP = dO·Vᵀ,   dV += Wᵀ·dO
 ///     W = softmax(S)            dS = W∘(dP − D),   D_i = dO_i·O_i
 ///     b_j                       c_j += Σ_i dS_ij
@@ -184,8 +183,8 @@ class BackwardTask {
     const Index keys = keys_of(n);
     const auto rows = key_rows(n);
     simd::pack_transposed(rows, tile.transposed_keys);
-    simd::pack_panels(rows, Accumulator(1), tile.key_panels, keys * simd::panel_width<Accumulator>,
-                      tile.non_finite_keys);
+    keys_of_tile_[n] =
+        pack_row_operand(rows, Accumulator(1), tile.key_panels, tile.non_finite_keys);
     fill_key_bias(operands_, key_value_head_, first_key_of(n), rows, tile.key_bias);
     std::fill(tile.grad_keys, tile.grad_keys + keys * buffers_.key_stride, Accumulator(0));
     std::fill(tile.grad_key_bias, tile.grad_key_bias + simd::padded<Accumulator>(keys),
@@ -224,30 +223,30 @@ class BackwardTask {
   }
 
   void load_queries(const Tile& tile) {
-    constexpr Index width = simd::panel_width<Accumulator>;
     const auto queries = query_rows(tile);
     const auto grad_out = out_rows(upstream_.grad_out, tile);
-    pack_query_tile(operands_, queries, buffers_.queries.rows, buffers_.query_bias);
-    simd::pack_panels(queries, operands_.scale, buffers_.queries.panels, tile.queries * width,
-                      buffers_.queries.non_finite);
+    pack_query_tile(operands_, queries, buffers_.queries.rows);
+    queries_of_tile_ = pack_row_operand(queries, operands_.scale, buffers_.queries.panels,
+                                        buffers_.queries.non_finite);
     simd::pack_rows(grad_out, Accumulator(1), buffers_.grad_out.rows);
-    simd::pack_panels(grad_out, Accumulator(1), buffers_.grad_out.panels, tile.queries * width,
-                      buffers_.grad_out.non_finite);
+    grad_out_of_tile_ = pack_row_operand(grad_out, Accumulator(1), buffers_.grad_out.panels,
+                                         buffers_.grad_out.non_finite);
     load_row_statistics(tile, grad_out, out_rows(upstream_.out, tile));
     std::fill(buffers_.grad_queries, buffers_.grad_queries + tile.queries * buffers_.key_stride,
               Accumulator(0));
   }
 
-  /// L_i, in units of ln 2, and D_i = dO_i·O_i. A row that saw no key has L = −∞; any finite number
-  /// in its place gives it weights exp(−∞) = 0.
+  /// log Σ_j exp S_ij, in units of ln 2, and D_i = dO_i·O_i. A row that saw no key has L = −∞; any
+  /// finite number in its place gives it weights exp(−∞) = 0.
   void load_row_statistics(const Tile& tile, MatrixView<const Scalar> grad_out,
                            MatrixView<const Scalar> out) {
     for (Index i = 0; i < tile.queries; ++i) {
       const auto log_sum_exp =
           static_cast<Accumulator>(upstream_.log_sum_exp(tile.first_query + i, tile.head));
       const bool sees_a_key = log_sum_exp != simd::minus_infinity<Accumulator>;
+      const Accumulator offset = query_offset(operands_, tile.head, tile.first_query + i);
       buffers_.log_sum_exp[i] =
-          sees_a_key ? log_sum_exp * simd::log2_e<Accumulator> : Accumulator(0);
+          sees_a_key ? (log_sum_exp - offset) * simd::log2_e<Accumulator> : Accumulator(0);
     }
     simd::row_products(grad_out, out, buffers_.delta);
   }
@@ -257,12 +256,9 @@ class BackwardTask {
     const Index offset = tile.first_key - first_key_of(key_tile);  // a whole number of panels
     const simd::Tile<Accumulator> weights{buffers_.weights, buffers_.score_stride};
     const simd::Tile<Accumulator> grad_scores{buffers_.grad_scores, buffers_.score_stride};
-    score_tile(tile, shape_.head_dim,
-               {buffers_.queries.rows, buffers_.key_stride, buffers_.query_bias},
-               {keys.transposed_keys + offset * shape_.head_dim, keys.key_bias + offset}, weights);
-    if (coverage == Coverage::partial) {
-      terms_.hide(tile, weights.data, weights.row_stride, simd::minus_infinity<Accumulator>);
-    }
+    score_tile<Accumulator>(tile, shape_.head_dim, {buffers_.queries.rows, buffers_.key_stride, 1},
+                            keys.transposed_keys + offset * shape_.head_dim, keys.key_bias + offset,
+                            weights);
     simd::set_product<Accumulator>(tile.queries, tile.keys, shape_.value_dim,
                                    {buffers_.grad_out.rows, buffers_.value_stride, 1},
                                    {keys.transposed_values + offset * shape_.value_dim,
@@ -270,7 +266,7 @@ class BackwardTask {
                                    grad_scores);
     differentiate_softmax(tile, weights, grad_scores);
     if (coverage == Coverage::partial) {
-      // By selection: a row whose score is NaN in sight of one key has NaN for every weight.
+      // By selection, and last: a row whose score is NaN in sight of one key has NaN for every weight.
       terms_.hide(tile, weights.data, weights.row_stride, Accumulator(0));
       terms_.hide(tile, grad_scores.data, grad_scores.row_stride, Accumulator(0));
     }
@@ -295,20 +291,14 @@ class BackwardTask {
     const Index value_stride =
         operands_.values_are_keys ? buffers_.key_stride : buffers_.value_stride;
     // dQ += dS·K, still without the scale
-    add_weighted_rows<false, Scalar>(
-        terms_, tile, grad_scores,
-        {keys.key_panels, keys.non_finite_keys, key_rows(key_tile), Accumulator(1)}, offset,
-        {buffers_.grad_queries, buffers_.key_stride});
+    add_weighted_rows<false>(terms_, tile, grad_scores, keys_of_tile_[key_tile], offset,
+                             {buffers_.grad_queries, buffers_.key_stride});
     // dV += Wᵀ·dO
-    add_weighted_rows<true, Scalar>(terms_, tile, weights,
-                                    {buffers_.grad_out.panels, buffers_.grad_out.non_finite,
-                                     out_rows(upstream_.grad_out, tile), Accumulator(1)},
-                                    0, {keys.grad_values + offset * value_stride, value_stride});
+    add_weighted_rows<true>(terms_, tile, weights, grad_out_of_tile_, 0,
+                            {keys.grad_values + offset * value_stride, value_stride});
     // dK += dSᵀ·(scale·Q)
-    add_weighted_rows<true, Scalar>(
-        terms_, tile, grad_scores,
-        {buffers_.queries.panels, buffers_.queries.non_finite, query_rows(tile), operands_.scale},
-        0, {keys.grad_keys + offset * buffers_.key_stride, buffers_.key_stride});
+    add_weighted_rows<true>(terms_, tile, grad_scores, queries_of_tile_, 0,
+                            {keys.grad_keys + offset * buffers_.key_stride, buffers_.key_stride});
     if (gradients_.key_bias || operands_.key_norm_weight != Accumulator(0)) {
       for (Index i = 0; i < tile.queries; ++i) {
         simd::add_row(grad_scores.data + i * grad_scores.row_stride, keys.grad_key_bias + offset,
@@ -377,6 +367,8 @@ class BackwardTask {
   Index first_key_;
   Turns turns_;
   Index keys_;
+  RowOperand<Scalar> keys_of_tile_[BackwardBuffers<Accumulator>::max_key_tiles]{};
+  RowOperand<Scalar> queries_of_tile_{}, grad_out_of_tile_{};
 };
 
 template <class Scalar>
@@ -389,30 +381,20 @@ void set_zero(MatrixView<Scalar> view) {
 /// How a backward pass is shared out: one item for each block of keys of each key/value head, and a
 /// counter of turns for each item.
 template <class Scalar>
-struct BackwardPlan {
+struct BackwardPlan : WorkPlan {
   Shape shape;
   Tiling tiling;
   bool values_are_keys;
-  Index items;
-  Index workers;
-  std::size_t bytes_per_worker;
-  std::size_t bytes_of_turns;
 
   BackwardPlan(const Shape& problem, const Tiling& cut, bool shared, const Executor* executor)
-      : shape(problem),
-        tiling(cut),
-        values_are_keys(shared),
-        items(shape.key_value_heads * blocks(shape.keys, tiling.block)),
-        workers(detail::workers(executor, items)) {
+      : shape(problem), tiling(cut), values_are_keys(shared) {
+    items = shape.key_value_heads * blocks(shape.keys, tiling.block);
+    workers = detail::workers(executor, items);
     Arena counter, turns;
     BackwardBuffers<accumulator_t<Scalar>>(counter, shape, tiling, values_are_keys);
-    bytes_per_worker = counter.used();
     turns.take<Turn>(items);
-    bytes_of_turns = turns.used();
-  }
-
-  std::size_t workspace_size() const {
-    return Arena::alignment + bytes_of_turns + static_cast<std::size_t>(workers) * bytes_per_worker;
+    bytes_per_worker = counter.used();
+    shared_bytes = turns.used();
   }
 };
 
@@ -426,9 +408,8 @@ void backward(const Operands<Scalar>& operands, const Terms& terms,
   std::uninitialized_value_construct_n(turns, plan.items);
   set_zero(gradients.queries);
   const Index blocks_per_head = blocks(plan.shape.keys, plan.tiling.block);
-  share_items(executor, plan.workers, [&](Index worker, const auto& take) {
-    Arena arena(workspace,
-                plan.bytes_of_turns + static_cast<std::size_t>(worker) * plan.bytes_per_worker);
+  share_items(executor, plan.workers_within(workspace), [&](Index worker, const auto& take) {
+    Arena arena = plan.arena_of(workspace, worker);
     BackwardBuffers<accumulator_t<Scalar>> buffers(arena, plan.shape, plan.tiling,
                                                    plan.values_are_keys);
     for (Index item = take(); item < plan.items; item = take()) {

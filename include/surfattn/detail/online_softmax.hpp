@@ -43,6 +43,21 @@ struct OnlineSoftmax {
     maximum[row] = now;
   }
 
+  /// Takes in the sums of the same row over other keys: both parts are brought to the larger
+  /// maximum and added.
+  void merge(Index row, const OnlineSoftmax& part, Accumulator* out, const Accumulator* part_out,
+             Index padded_dim) const {
+    const Accumulator largest = std::max(maximum[row], part.maximum[row]);
+    const Accumulator shift =
+        largest == simd::minus_infinity<Accumulator> ? Accumulator(0) : largest;
+    const Accumulator own_factor = std::exp2(maximum[row] - shift),
+                      part_factor = std::exp2(part.maximum[row] - shift);
+    simd::scale_row(out, padded_dim, own_factor);
+    simd::add_scaled_row(part_out, part_factor, out, padded_dim);
+    sum[row] = sum[row] * own_factor + part.sum[row] * part_factor;
+    maximum[row] = largest;
+  }
+
   /// ln2·(m + log₂ l); −∞ where no key was seen.
   Accumulator log_sum_exp(Index row) const {
     return sum[row] == Accumulator(0)

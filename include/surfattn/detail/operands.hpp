@@ -10,12 +10,13 @@ namespace surfattn::detail {
 
 /// One attention problem, in either form:
 ///
-///     S_ij = scale·q_i·k_j + a_i + b_j,   a_i = query_norm_weight·‖q_i‖²,
-///                                         b_j = key_norm_weight·‖k_j‖² + log_prior_j,
-///     W = softmax_j S,   O = W·V.
+///     S_ij = scale·q_i·k_j + b_j,   b_j = key_norm_weight·‖k_j‖² + log_prior_j,
+///     W = softmax_j S,   O = W·V,   L_i = log Σ_j exp S_ij + query_norm_weight·‖q_i‖².
 ///
 /// The standard form has no norms and no prior. The surface form, S_ij = −‖q_i − k_j‖²/(2σ²) + log
-/// π_j, has scale = 1/σ², norm weights −scale/2 and V = K.
+/// π_j, has scale = 1/σ², norm weights −scale/2 and V = K. The norm of the query is the same for
+/// all its scores: it cancels in the softmax and is added to L alone, since in the scores it would
+/// cost digits.
 template <class Scalar>
 struct Operands {
   using Accumulator = accumulator_t<Scalar>;
@@ -30,8 +31,6 @@ struct Operands {
   Accumulator query_norm_weight{0};
   Accumulator key_norm_weight{0};
   bool values_are_keys = false;
-
-  bool has_key_bias() const { return key_norm_weight != Accumulator(0) || log_prior.data; }
 
   MatrixView<const Scalar> query_head(Index head) const {
     return queries.block_cols(head * shape.head_dim, shape.head_dim);

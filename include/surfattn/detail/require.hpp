@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cmath>
+#include <optional>
 #include <string>
 #include <surfattn/detail/view.hpp>
 #include <surfattn/error.hpp>
@@ -90,6 +91,14 @@ class Require {
   void finite(const char* name, std::optional<double> value) const {
     if (!value || std::isfinite(*value)) return;
     fail(std::string(name) + " must be finite, but is " + std::to_string(*value));
+  }
+
+  /// What is finite as an option may not be so in the precision of the call.
+  template <class Scalar>
+  void usable_scale(Scalar scale, bool positive) const {
+    if (std::isfinite(scale) && (!positive || scale > 0)) return;
+    fail("scale = 1/bandwidth² must be " + std::string(positive ? "positive and " : "") +
+         "finite in the precision of queries, but is " + std::to_string(scale));
   }
 
   /// An explicit prior is Tk × Hkv, or Tk × 1 for all heads, and of the queries' scalar type.

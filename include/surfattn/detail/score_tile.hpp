@@ -12,37 +12,15 @@
 /// log₂ e goes into the operands as they are packed.
 namespace surfattn::detail {
 
-/// Packed queries of one tile: rows scaled by the problem's scale, and the bias norm_weight·‖q_i‖²
-/// of each.
-template <class Accumulator>
-struct QueryTile {
-  const Accumulator* rows = nullptr;
-  Index row_stride = 0;
-  const Accumulator* bias = nullptr;
-};
-
-/// Packed keys of one tile: transposed panels, and the bias of each key, padded.
-template <class Accumulator>
-struct KeyTile {
-  const Accumulator* panels = nullptr;
-  const Accumulator* bias = nullptr;
-};
-
-/// Packs the rows of one head from `first` on as the left operand of the scores.
-template <class Scalar, class Accumulator>
+/// Packs the queries of one head, times the scale, as the left operand of the scores.
+template <class Scalar>
 void pack_query_tile(const Operands<Scalar>& operands, MatrixView<const Scalar> rows,
-                     Accumulator* packed, Accumulator* bias) {
-  simd::pack_rows(rows, operands.scale * simd::log2_e<Accumulator>, packed);
-  if (operands.query_norm_weight == Accumulator(0)) {
-    std::fill(bias, bias + rows.rows, Accumulator(0));
-    return;
-  }
-  simd::squared_norms(rows, bias);
-  for (Index i = 0; i < rows.rows; ++i)
-    bias[i] *= operands.query_norm_weight * simd::log2_e<Accumulator>;
+                     accumulator_t<Scalar>* packed) {
+  simd::pack_rows(rows, operands.scale * simd::log2_e<accumulator_t<Scalar>>, packed);
 }
 
-/// b_j = norm_weight·‖k_j‖² + log π_j for the keys from `first` on, padded with zeros.
+/// b_j = norm_weight·‖k_j‖² + log π_j for the keys `rows`, the head's from `first` on; padded with
+/// zeros.
 template <class Scalar, class Accumulator>
 void fill_key_bias(const Operands<Scalar>& operands, Index head, Index first,
                    MatrixView<const Scalar> rows, Accumulator* bias) {
@@ -58,56 +36,90 @@ void fill_key_bias(const Operands<Scalar>& operands, Index head, Index first,
         static_cast<Accumulator>(operands.log_prior(first + j, head)) * simd::log2_e<Accumulator>;
 }
 
-/// S_ij = scale·q_i·k_j + a_i + b_j over the tile, in units of ln 2, unmasked.
+/// S_ij = scale·q_i·k_j + b_j over the tile, in units of ln 2, unmasked: from packed queries,
+/// transposed keys and b.
 template <class Accumulator>
-void score_tile(const Tile& tile, Index head_dim, const QueryTile<Accumulator>& queries,
-                const KeyTile<Accumulator>& keys, simd::Tile<Accumulator> scores) {
-  simd::set_product<Accumulator>(
-      tile.queries, tile.keys, head_dim, {queries.rows, queries.row_stride, 1},
-      {keys.panels, head_dim * simd::panel_width<Accumulator>}, scores, {queries.bias, keys.bias});
+void score_tile(const Tile& tile, Index head_dim, simd::LeftOperand<Accumulator> queries,
+                const Accumulator* keys, const Accumulator* bias, simd::Tile<Accumulator> scores) {
+  simd::set_product<Accumulator>(tile.queries, tile.keys, head_dim, queries,
+                                 {keys, head_dim * simd::panel_width<Accumulator>}, scores, bias);
 }
 
-/// Rows of an input, times `factor`, packed as a right operand.
+/// query_norm_weight·‖q_i‖², what a query adds to its log-sum-exp.
 template <class Scalar>
-struct PackedRows {
+accumulator_t<Scalar> query_offset(const Operands<Scalar>& operands, Index head, Index query) {
+  accumulator_t<Scalar> norm(0);
+  if (operands.query_norm_weight != accumulator_t<Scalar>(0)) {
+    simd::squared_norms(operands.query_head(head).block_rows(query, 1), &norm);
+  }
+  return operands.query_norm_weight * norm;
+}
+
+/// Rows of an input, times `factor`, as a right operand.
+template <class Scalar>
+struct RowOperand {
   using Accumulator = accumulator_t<Scalar>;
 
-  const Accumulator* panels;
+  simd::Panels<Accumulator> panels;
   simd::NonFiniteRows non_finite;  ///< these are zeros in the panels
   MatrixView<const Scalar> source;
   Accumulator factor;
 };
 
-/// C += A·B, where B are the packed rows [first, first + depth) and A the coefficients of one tile,
-/// queries × keys: its rows are C's where B are keys, its columns (`transposed`) where B are
-/// queries. What rows that are not finite contribute is added one by one, and only to those rows of
-/// C that no mask keeps from seeing them.
-template <bool transposed, class Scalar, class Terms>
-void add_weighted_rows(const Terms& terms, const Tile& tile,
-                       simd::Tile<accumulator_t<Scalar>> coefficients, const PackedRows<Scalar>& b,
-                       Index first, simd::Tile<accumulator_t<Scalar>> c) {
-  using Accumulator = accumulator_t<Scalar>;
-  constexpr Index width = simd::panel_width<Accumulator>;
+/// Packs the rows of `source`, times `factor`; `non_finite` has room for all of them.
+template <class Scalar>
+RowOperand<Scalar> pack_row_operand(MatrixView<const Scalar> source, accumulator_t<Scalar> factor,
+                                    accumulator_t<Scalar>* panels, Index* non_finite) {
+  const Index panel_stride = source.rows * simd::panel_width<accumulator_t<Scalar>>;
+  RowOperand<Scalar> operand{{panels, panel_stride}, {non_finite, 0}, source, factor};
+  simd::pack_panels(source, factor, panels, panel_stride, operand.non_finite);
+  return operand;
+}
+
+/// The coefficients A of one tile, queries × keys, as a left operand: as they are, where the rows B
+/// of the product A·B are keys, or `transposed`, where they are queries.
+template <bool transposed, class Accumulator>
+simd::LeftOperand<Accumulator> left_operand(simd::Tile<Accumulator> coefficients) {
   const Index stride = coefficients.row_stride;
-  const simd::LeftOperand<Accumulator> a{coefficients.data, transposed ? 1 : stride,
-                                         transposed ? stride : 1};
+  return {coefficients.data, transposed ? 1 : stride, transposed ? stride : 1};
+}
+
+/// Adds to C what the rows of B from `first` on that are not finite contribute to A·B, one by one,
+/// and only to those rows of C that no mask keeps from seeing them.
+template <bool transposed, class Scalar, class Terms>
+void add_non_finite_rows(const Terms& terms, const Tile& tile,
+                         simd::Tile<accumulator_t<Scalar>> coefficients,
+                         const RowOperand<Scalar>& b, Index first,
+                         simd::Tile<accumulator_t<Scalar>> c) {
+  const auto a = left_operand<transposed>(coefficients);
   const Index rows = transposed ? tile.keys : tile.queries;
   const Index depth = transposed ? tile.queries : tile.keys;
-  simd::add_product<Accumulator>(rows, b.source.cols, depth, a,
-                                 {b.panels + first * width, b.source.rows * width}, c);
   for (Index n = 0; n < b.non_finite.count; ++n) {
     const Index k = b.non_finite.rows[n] - first;
     for (Index r = 0; 0 <= k && k < depth && r < rows; ++r) {
       if (!terms.allows(tile.first_query + (transposed ? k : r),
                         tile.first_key + (transposed ? r : k)))
         continue;
-      const Accumulator weight = a.data[r * a.row_stride + k * a.depth_stride];
+      const auto weight = a.data[r * a.row_stride + k * a.depth_stride];
       for (Index col = 0; col < b.source.cols; ++col) {
         c.data[r * c.row_stride + col] +=
-            weight * (b.factor * static_cast<Accumulator>(b.source(first + k, col)));
+            weight * (b.factor * static_cast<accumulator_t<Scalar>>(b.source(first + k, col)));
       }
     }
   }
+}
+
+/// C += A·B, where B are the rows of an operand from `first` on.
+template <bool transposed, class Scalar, class Terms>
+void add_weighted_rows(const Terms& terms, const Tile& tile,
+                       simd::Tile<accumulator_t<Scalar>> coefficients, const RowOperand<Scalar>& b,
+                       Index first, simd::Tile<accumulator_t<Scalar>> c) {
+  simd::Panels<accumulator_t<Scalar>> panels = b.panels;
+  panels.data += first * panels.row_stride;
+  simd::add_product(transposed ? tile.keys : tile.queries, b.source.cols,
+                    transposed ? tile.queries : tile.keys, left_operand<transposed>(coefficients),
+                    panels, c);
+  add_non_finite_rows<transposed>(terms, tile, coefficients, b, first, c);
 }
 
 }  // namespace surfattn::detail

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <surfattn/terms.hpp>
 #include <tuple>
 

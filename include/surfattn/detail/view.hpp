@@ -25,10 +25,10 @@ struct MatrixView {
   Scalar* row(Index index) const { return data + index * row_stride; }
 
   MatrixView block_rows(Index first, Index count) const {
-    return {data + first * row_stride, count, cols, row_stride, col_stride};
+    return {data ? data + first * row_stride : nullptr, count, cols, row_stride, col_stride};
   }
   MatrixView block_cols(Index first, Index count) const {
-    return {data + first * col_stride, rows, count, row_stride, col_stride};
+    return {data ? data + first * col_stride : nullptr, rows, count, row_stride, col_stride};
   }
 
   operator MatrixView<const Scalar>() const requires(!std::is_const_v<Scalar>) {
@@ -50,6 +50,11 @@ concept DenseMatrix = requires(const plain_t<T>& matrix) {
 
 template <class T>
 concept StoredMatrix = DenseMatrix<T> &&(plain_t<T>::Flags& Eigen::DirectAccessBit) != 0;
+
+/// Owns its numbers, as Matrix does and Map and Block do not.
+template <class T>
+concept OwningMatrix =
+    DenseMatrix<T> && std::is_base_of_v<Eigen::PlainObjectBase<plain_t<T>>, plain_t<T>>;
 
 /// Can be written through: stored, and not a view of constants.
 template <class T>

@@ -1,6 +1,7 @@
 // surfattn layer 2: copies strided rows into the aligned, padded layouts of the tile products
 
 #pragma once
+
 #include <algorithm>
 #include <surfattn/detail/simd/tile_products.hpp>
 #include <surfattn/detail/view.hpp>
@@ -125,19 +126,39 @@ void row_products(MatrixView<const Source> a, MatrixView<const Source> b, Scalar
   }
 }
 
-/// Σ_ij a_ij·b_ij, where a zero in `a` (a query or key that took no part) hides whatever stands in
-/// `b`.
+/// Σ_ij a_ij·(b_ij − origin_j), where a zero in `a` (a query that took no part) hides whatever
+/// stands in `b`. `origin` is one row.
 template <class Scalar, class Source>
-Scalar sum_of_products(MatrixView<const Source> a, MatrixView<const Source> b) {
+Scalar sum_of_products(MatrixView<const Source> a, MatrixView<const Source> b,
+                       MatrixView<const Source> origin) {
   auto total = broadcast(Scalar(0));
   for (Index i = 0; i < a.rows; ++i) {
     for (Index c = 0; c < a.cols; c += lanes<Scalar>) {
-      const auto x = gather<Scalar>(&a(i, c), a.col_stride, a.cols - c);
-      const auto y = gather<Scalar>(&b(i, c), b.col_stride, b.cols - c);
-      total = add(total, zero_where_zero<Scalar>(x, multiply(x, y)));
+      const auto take = [&](MatrixView<const Source> view, Index row) {
+        return gather<Scalar>(&view(row, c), view.col_stride, a.cols - c);
+      };
+      const auto x = take(a, i);
+      total = add(total,
+                  zero_where_zero<Scalar>(x, multiply(x, subtract(take(b, i), take(origin, 0)))));
     }
   }
   return sum(total);
+}
+
+/// ‖row − origin‖² of each row of `source`; `origin` is one row.
+template <class Scalar, class Source>
+void squared_distances(MatrixView<const Source> source, MatrixView<const Source> origin,
+                       Scalar* to) {
+  for (Index i = 0; i < source.rows; ++i) {
+    auto squares = broadcast(Scalar(0));
+    for (Index c = 0; c < source.cols; c += lanes<Scalar>) {
+      const auto difference =
+          subtract(gather<Scalar>(&source(i, c), source.col_stride, source.cols - c),
+                   gather<Scalar>(&origin(0, c), origin.col_stride, source.cols - c));
+      squares = multiply_add(difference, difference, squares);
+    }
+    to[i] = sum(squares);
+  }
 }
 
 /// ‖row‖² of each row of `source`.

@@ -62,6 +62,15 @@ void scale_row(Scalar* row, Index count, Scalar factor) {
     store(row + c, multiply(load(row + c), multiplier));
 }
 
+/// totals ← totals + factor·row over a whole number of panels.
+template <class Scalar>
+void add_scaled_row(const Scalar* row, Scalar factor, Scalar* totals, Index count) {
+  const auto multiplier = broadcast(factor);
+  for (Index c = 0; c < count; c += lanes<Scalar>) {
+    store(totals + c, multiply_add(load(row + c), multiplier, load(totals + c)));
+  }
+}
+
 /// gradients ← weights ∘ (gradients − mean) over a whole number of panels: the backward of a
 /// softmax along a row.
 template <class Scalar>

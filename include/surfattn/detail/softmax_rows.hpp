@@ -1,0 +1,66 @@
+// surfattn layer 4: rows of an output on their way through the keys
+
+#pragma once
+
+#include <algorithm>
+#include <surfattn/detail/online_softmax.hpp>
+#include <surfattn/detail/operands.hpp>
+#include <surfattn/detail/score_tile.hpp>
+#include <surfattn/detail/simd/packing.hpp>
+#include <surfattn/workspace.hpp>
+
+namespace surfattn::detail {
+
+/// The unnormalised outputs o of some rows and the running softmax that belongs to them.
+template <class Accumulator>
+struct SoftmaxRows {
+  Accumulator* out = nullptr;
+  Index stride = 0;
+  OnlineSoftmax<Accumulator> softmax;
+
+  SoftmaxRows() = default;
+  SoftmaxRows(Arena& arena, Index rows, Index value_dim)
+      : out(arena.take<Accumulator>(rows * simd::padded<Accumulator>(value_dim))),
+        stride(simd::padded<Accumulator>(value_dim)) {
+    softmax = {arena.take<Accumulator>(rows), arena.take<Accumulator>(rows)};
+  }
+
+  void reset(Index rows) const {
+    std::fill(out, out + rows * stride, Accumulator(0));
+    softmax.reset(rows);
+  }
+
+  simd::Tile<Accumulator> tile(Index row) const { return {out + row * stride, stride}; }
+
+  /// Turns the scores of `rows` rows from `row` on into weights; the columns that only pad the tile
+  /// get weight 0.
+  void take_weights(Index row, Index rows, Index keys, simd::Tile<Accumulator> scores) const {
+    const Index padded_keys = simd::padded<Accumulator>(keys);
+    for (Index i = 0; i < rows; ++i) {
+      Accumulator* score_row = scores.data + i * scores.row_stride;
+      std::fill(score_row + keys, score_row + padded_keys, simd::minus_infinity<Accumulator>);
+      softmax.update(row + i, score_row, padded_keys, out + (row + i) * stride, stride);
+    }
+  }
+
+  /// Takes in what another part of the keys gave for the same row.
+  void merge(Index row, const SoftmaxRows& part) const {
+    softmax.merge(row, part.softmax, out + row * stride, part.out + row * stride, stride);
+  }
+
+  /// The finished row: o/l and the log-sum-exp, −∞ where no key was seen.
+  template <class Scalar>
+  void write(Index row, const Operands<Scalar>& operands, const ForwardOutputs<Scalar>& outputs,
+             Index head, Index query) const {
+    const Index value_dim = operands.shape.value_dim;
+    simd::write_row<simd::Store::set>(out + row * stride, softmax.normaliser(row),
+                                      outputs.out.block_cols(head * value_dim, value_dim), query);
+    if (!outputs.log_sum_exp) return;
+    const Accumulator seen = softmax.log_sum_exp(row);
+    const bool sees_a_key = seen != simd::minus_infinity<Accumulator>;
+    (*outputs.log_sum_exp)(query, head) =
+        static_cast<Scalar>(sees_a_key ? seen + query_offset(operands, head, query) : seen);
+  }
+};
+
+}  // namespace surfattn::detail

@@ -1,0 +1,199 @@
+// surfattn layer 4: the forward pass for few queries
+
+#pragma once
+
+#include <algorithm>
+#include <surfattn/detail/operands.hpp>
+#include <surfattn/detail/score_tile.hpp>
+#include <surfattn/detail/simd/streaming.hpp>
+#include <surfattn/detail/softmax_rows.hpp>
+#include <surfattn/detail/tiling.hpp>
+#include <surfattn/detail/work_plan.hpp>
+#include <surfattn/executor.hpp>
+#include <surfattn/workspace.hpp>
+#include <type_traits>
+
+/// With few queries (decoding) a call is as fast as keys and values can be read. A task owns a part
+/// of the keys and all heads; it reads them in the order in which they lie in memory, a run of
+/// tokens at a time, each row once for all query heads that share it: for the score, and while it
+/// is still in the cache for the output. Where the values are the keys that is half as much to
+/// read. The parts are merged by their log-sum-exp.
+namespace surfattn::detail {
+
+/// How a problem of few queries is shared out: one item for each part of the keys.
+template <class Scalar>
+struct StreamPlan : WorkPlan {
+  using Accumulator = accumulator_t<Scalar>;
+
+  Shape shape;
+  Index run;   ///< keys that one task visits at a time, for all heads
+  Index part;  ///< keys of one item
+  std::size_t bytes_per_item = 0;
+
+  StreamPlan(const Shape& problem, const Executor* executor);
+
+  /// Up to so many rows for each key/value head, packing keys and values would cost more than it
+  /// saves.
+  static bool fits(const Shape& shape) { return shape.group() * shape.queries <= 16; }
+};
+
+/// Buffers of one worker; over an empty arena, their size.
+template <class Accumulator>
+struct StreamBuffers {
+  Index query_stride;
+  Index score_stride;
+  Accumulator* queries;
+  Accumulator* key_bias;
+  Accumulator* value_panels;
+  Accumulator* scores;
+  Index* non_finite_values;
+
+  StreamBuffers(Arena& arena, const Shape& shape, Index run)
+      : query_stride(simd::padded<Accumulator>(shape.head_dim)),
+        score_stride(detail::score_stride<Accumulator>(run)) {
+    const Index rows = shape.query_heads * shape.queries;
+    queries = arena.take<Accumulator>(rows * query_stride);
+    key_bias = arena.take<Accumulator>(simd::padded<Accumulator>(run));
+    value_panels = arena.take<Accumulator>(run * simd::padded<Accumulator>(shape.value_dim));
+    scores = arena.take<Accumulator>(shape.group() * shape.queries * score_stride);
+    non_finite_values = arena.take<Index>(run);
+  }
+};
+
+template <class Scalar>
+StreamPlan<Scalar>::StreamPlan(const Shape& problem, const Executor* executor) : shape(problem) {
+  // A run of tokens, keys and values, stays in the second-level cache from the first head to the last.
+  const Index width = shape.key_value_heads * std::max(shape.head_dim, shape.value_dim);
+  run = std::min(tile_rows<Scalar>(256, width), std::max<Index>(shape.keys, 1));
+  constexpr Index parts = 16, fewest_keys = 1024;
+  part = std::max(fewest_keys, blocks(blocks(shape.keys, parts), run) * run);
+  items = std::max<Index>(1, blocks(shape.keys, part));
+  workers = detail::workers(executor, items);
+  Arena of_item, of_worker;
+  SoftmaxRows<Accumulator>(of_item, shape.query_heads * shape.queries, shape.value_dim);
+  StreamBuffers<Accumulator>(of_worker, shape, run);
+  bytes_per_item = of_item.used();
+  bytes_per_worker = of_worker.used();
+  shared_bytes = static_cast<std::size_t>(items) * bytes_per_item;
+}
+
+/// All queries of all heads against one part of the keys.
+template <class Scalar, class Terms>
+class StreamTask {
+  using Accumulator = accumulator_t<Scalar>;
+
+ public:
+  StreamTask(const Operands<Scalar>& operands, const Terms& terms,
+             StreamBuffers<Accumulator>& buffers)
+      : operands_(operands), shape_(operands.shape), terms_(terms), buffers_(buffers) {
+    for (Index head = 0; head < shape_.query_heads; ++head) {
+      const Index row = head * shape_.queries;
+      pack_query_tile(operands_, operands_.query_head(head),
+                      buffers_.queries + row * buffers_.query_stride);
+    }
+  }
+
+  void run(Index first_key, Index keys, Index run, const SoftmaxRows<Accumulator>& outs) {
+    outs.reset(shape_.query_heads * shape_.queries);
+    for (Index key = first_key; key < first_key + keys; key += run) {
+      const Index count = std::min(run, first_key + keys - key);
+      for (Index head = 0; head < shape_.key_value_heads; ++head) visit(head, key, count, outs);
+    }
+  }
+
+ private:
+  /// One run of keys of one key/value head, for all query heads that share it.
+  void visit(Index head, Index first_key, Index keys, const SoftmaxRows<Accumulator>& outs) {
+    const Index first_head = head * shape_.group(), rows = shape_.group() * shape_.queries,
+                row = head * rows;
+    const auto tile_of = [&](Index member) {
+      return Tile{first_head + member, 0, shape_.queries, first_key, keys};
+    };
+    const Coverage coverage = coverage_of_all(tile_of);
+    if (coverage == Coverage::empty) return;
+    const auto key_rows = operands_.key_head(head).block_rows(first_key, keys);
+    fill_key_bias(operands_, head, first_key, key_rows, buffers_.key_bias);
+    simd::set_dot_products<Accumulator>(
+        rows, {buffers_.queries + row * buffers_.query_stride, buffers_.query_stride, 1}, key_rows,
+        scores(0), buffers_.key_bias);
+    for (Index member = 0; coverage == Coverage::partial && member < shape_.group(); ++member) {
+      terms_.hide(tile_of(member), scores(member).data, buffers_.score_stride,
+                  simd::minus_infinity<Accumulator>);
+    }
+    outs.take_weights(row, rows, keys, scores(0));
+    const RowOperand<Scalar> values =
+        value_operand(operands_.value_head(head).block_rows(first_key, keys));
+    simd::add_product(rows, shape_.value_dim, keys, left_operand<false>(scores(0)), values.panels,
+                      outs.tile(row));
+    for (Index member = 0; member < shape_.group(); ++member) {
+      add_non_finite_rows<false>(terms_, tile_of(member), scores(member), values, 0,
+                                 outs.tile(row + member * shape_.queries));
+    }
+  }
+
+  template <class TileOf>
+  Coverage coverage_of_all(const TileOf& tile_of) const {
+    bool all_empty = true, all_full = true;
+    for (Index member = 0; member < shape_.group(); ++member) {
+      const Coverage coverage = terms_.coverage(tile_of(member));
+      all_empty = all_empty && coverage == Coverage::empty;
+      all_full = all_full && coverage == Coverage::full;
+    }
+    return all_empty ? Coverage::empty : all_full ? Coverage::full : Coverage::partial;
+  }
+
+  /// The scores of one member of the group of query heads, and of those after it.
+  simd::Tile<Accumulator> scores(Index member) const {
+    return {buffers_.scores + member * shape_.queries * buffers_.score_stride,
+            buffers_.score_stride};
+  }
+
+  /// The values as they lie where they can be used so, or else packed.
+  RowOperand<Scalar> value_operand(MatrixView<const Scalar> values) {
+    if constexpr (std::is_same_v<Scalar, Accumulator>) {
+      if (simd::are_panels(values)) {
+        return {{values.data, simd::panel_width<Accumulator>, values.row_stride},
+                {},
+                values,
+                Accumulator(1)};
+      }
+    }
+    return pack_row_operand(values, Accumulator(1), buffers_.value_panels,
+                            buffers_.non_finite_values);
+  }
+
+  const Operands<Scalar>& operands_;
+  const Shape& shape_;
+  const Terms& terms_;
+  StreamBuffers<Accumulator>& buffers_;
+};
+
+/// O = W·V and log_sum_exp of few queries, every output written once.
+template <class Scalar, class Terms>
+void forward(const Operands<Scalar>& operands, const Terms& terms, const StreamPlan<Scalar>& plan,
+             const ForwardOutputs<Scalar>& outputs, const Workspace& workspace,
+             Executor* executor) {
+  using Accumulator = accumulator_t<Scalar>;
+  const Index rows = plan.shape.query_heads * plan.shape.queries;
+  const auto part_of = [&](Index item) {
+    Arena arena(workspace, static_cast<std::size_t>(item) * plan.bytes_per_item);
+    return SoftmaxRows<Accumulator>(arena, rows, plan.shape.value_dim);
+  };
+  share_items(executor, plan.workers_within(workspace), [&](Index worker, const auto& take) {
+    Arena arena = plan.arena_of(workspace, worker);
+    StreamBuffers<Accumulator> buffers(arena, plan.shape, plan.run);
+    StreamTask<Scalar, Terms> task(operands, terms, buffers);
+    for (Index item = take(); item < plan.items; item = take()) {
+      const Index first_key = item * plan.part;
+      task.run(first_key, std::min(plan.part, plan.shape.keys - first_key), plan.run,
+               part_of(item));
+    }
+  });
+  const SoftmaxRows<Accumulator> whole = part_of(0);
+  for (Index row = 0; row < rows; ++row) {
+    for (Index item = 1; item < plan.items; ++item) whole.merge(row, part_of(item));
+    whole.write(row, operands, outputs, row / plan.shape.queries, row % plan.shape.queries);
+  }
+}
+
+}  // namespace surfattn::detail
