@@ -30,9 +30,11 @@ Operands<scalar_t<Queries>> attention_operands(const Queries& queries, const Key
 
 }  // namespace detail
 
-/// Bytes of workspace that `attention_into` and `attention_forward_into` (Pass::forward) or
-/// `attention_backward_into` (Pass::backward) need for these arguments. It grows with the head
-/// widths and not with the number of queries or keys, beyond one block of them.
+/// Bytes of workspace with which `attention_into` and `attention_forward_into` (Pass::forward) or
+/// `attention_backward_into` (Pass::backward) use every worker of the executor for these arguments;
+/// with less, down to what one worker needs, they use fewer. It depends on widths, heads and
+/// executor and hardly on the number of queries and keys, beyond one block of them: for sequences
+/// of several lengths, take the largest. Errors: shapes that do not fit together.
 template <class Queries, class Keys, class Values>
 std::size_t workspace_size(Pass pass, const Queries& queries, const Keys& keys,
                            const Values& values,
@@ -47,8 +49,8 @@ std::size_t workspace_size(Pass pass, const Queries& queries, const Keys& keys,
 /// memory.
 ///
 /// Inputs must be stored matrices (an expression is evaluated first, and that allocates). `out`, Tq
-/// × (Hq·dv), may have any storage and must not overlap the inputs. `workspace` needs
-/// workspace_size(Pass::forward, queries, keys, values, options) bytes.
+/// × (Hq·dv), may have any storage and no output may overlap an input or another output.
+/// `workspace` needs workspace_size(Pass::forward, queries, keys, values, options) bytes.
 template <class Queries, class Keys, class Values, class Out, class... Terms>
 void attention_into(const Queries& queries, const Keys& keys, const Values& values, Out&& out,
                     const Workspace& workspace, const Options& options = {},
@@ -83,8 +85,9 @@ void attention_forward_into(const Queries& queries, const Keys& keys, const Valu
 /// without allocating.
 ///
 /// `out` and `log_sum_exp` are what attention_forward_into wrote for the same inputs, options and
-/// terms; `grad_out` is ∂loss/∂out. Every gradient is overwritten. `workspace` needs
-/// workspace_size(Pass::backward, queries, keys, values, options) bytes.
+/// terms; `grad_out` is ∂loss/∂out. Every gradient is overwritten; no output may overlap an input
+/// or another output. `workspace` needs workspace_size(Pass::backward, queries, keys, values,
+/// options) bytes.
 template <class Queries, class Keys, class Values, class Out, class LogSumExp, class GradOut,
           class GradQueries, class GradKeys, class GradValues, class... Terms>
 void attention_backward_into(const Queries& queries, const Keys& keys, const Values& values,
@@ -118,12 +121,13 @@ void attention_backward_into(const Queries& queries, const Keys& keys, const Val
 /// `queries` is Tq × (Hq·d), `keys` Tk × (Hkv·d), `values` Tk × (Hkv·dv): any Eigen matrix
 /// expression of float, double or long double, in any storage. Tokens are rows, heads are blocks of
 /// columns (see Heads). β is options.scale, 1/√d by default. Returns Tq × (Hq·dv). A query that
-/// sees no key gets 0. A NaN or an infinity reaches the outputs that see it and no other.
+/// sees no key gets 0, and so does one all of whose scores are −∞. A NaN or an infinity reaches the
+/// outputs that see it and no other.
 ///
-/// Allocates the result and a workspace of O(block) numbers (a few hundred rows), never Tq × Tk.
-/// Time O(Hq·Tq·Tk·(d + dv)), less the tiles that the terms leave empty. A mistake in a shape is
-/// reported before anything is computed, through the error handler: std::invalid_argument by
-/// default.
+/// Allocates the result and a workspace of O(max(1024, 64·Hq/Hkv)·(d + dv)) numbers for each worker
+/// of the executor, never Tq × Tk. Time O(Hq·Tq·Tk·(d + dv)), less the tiles that the terms leave
+/// empty. A mistake in a shape is reported before anything is computed, through the error handler:
+/// std::invalid_argument by default.
 template <class Queries, class Keys, class Values, class... Terms>
 auto attention(const Queries& queries, const Keys& keys, const Values& values,
                const Options& options = {}, const Terms&... terms) {

@@ -39,6 +39,7 @@ class Executor {
 
   /// Calls task(0), …, task(count − 1) once each, in any order and on any threads, and returns when
   /// all have returned. A task may wait for a task that has begun, never for one that has not.
+  /// Tasks do not throw, and do not call `run` of the same executor.
   virtual void run(Index count, Task task) = 0;
 
  protected:

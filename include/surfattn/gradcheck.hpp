@@ -163,9 +163,9 @@ typename Analytic::Scalar gradient_error(
 
 /// Checks an analytic gradient of a scalar function of a matrix at x by central differences:
 ///
-///     const auto loss = [&](const Matrix<double>& q) { return grad_out.cwiseProduct(f(q)).sum();
-///     }; const auto check = surfattn::check_gradient(loss, q, gradient); if (!check) std::cerr <<
-///     check << '\n';
+///     const auto loss = [&](const Matrix<double>& q) { return grad_out.cwiseProduct(f(q)).sum(); };
+///     const auto check = surfattn::check_gradient(loss, q, gradient);
+///     if (!check) std::cerr << check << '\n';
 ///
 /// analytic: the shape of x. See `central_difference` for cost and step, `compare_gradients` for
 /// the error. Reports and never throws.

@@ -34,7 +34,8 @@ struct LayerGradients {
   using Scalar = typename decltype(Weights::output_bias)::Scalar;
   Matrix<Scalar> x;
   Matrix<Scalar> y;
-  Weights weights;  ///< the gradient of each weight in its place
+  Weights
+      weights;  ///< the gradient of each matrix and bias in its place; heads and scale are copied
 };
 
 namespace detail {
@@ -81,8 +82,9 @@ template <class X, class Y>
 void require_layer_inputs(const Require& require, const X& x, const Y& y, Index x_width,
                           Index y_width) {
   require.shape("x", extent(x), {x.rows(), x_width},
-                "as wide as the layer's query weights are high");
-  require.shape("y", extent(y), {y.rows(), y_width}, "as wide as the layer's key weights are high");
+                "the width that the weights take queries from");
+  require.shape("y", extent(y), {y.rows(), y_width},
+                "the width that the weights take keys and values from");
 }
 
 inline constexpr const char* from_layer_forward =
@@ -139,7 +141,9 @@ StandardLayerForward<Scalar> layer_forward(const X& x, const Y& y,
 
 /// A layer in the surface form: Σ_h (P(X·A_h + g_h)·B_h + r_h) + bo, for x: Tx × D and y: Ty × Dy,
 /// where P projects onto the surface that the rows of y sample, with the weights of scaled
-/// dot-product attention. Of merged weights, the same function as the standard layer.
+/// dot-product attention. Of merged weights, the same function as the standard layer. A query that
+/// sees no key gives bo. Allocates its result, the queries and a workspace. Time O(H·Tx·Dy·(D + 2Ty
+/// + Dout)). Errors: weights or inputs whose shapes do not fit together.
 template <class X, class Y, class Scalar, class... Terms>
 SurfaceLayerForward<Scalar> layer_forward(const X& x, const Y& y,
                                           const SurfaceWeights<Scalar>& weights,

@@ -14,8 +14,8 @@ class Executor;
 struct Options {
   std::optional<double> scale = {};  ///< β, multiplies q·k; 1/√d when not given
   Heads heads = {};                  ///< how the columns divide into heads
-  Executor* executor =
-      nullptr;  ///< who runs the tasks of the call; the calling thread alone where there is none
+  /// who runs the tasks of the call; the calling thread alone where there is none
+  Executor* executor = nullptr;
 };
 
 /// The prior π of each key on the surface: how much a query counts on it before any distance is
@@ -23,17 +23,17 @@ struct Options {
 ///
 /// `uniform` and `sdpa` are the two named choices. An explicit prior is made from a column of
 /// log-weights, Tk × 1 (shared by all heads) or Tk × Hkv, of the scalar type of the queries; it is
-/// a view, so the matrix must outlive the call.
+/// a view, so the matrix must outlive the prior and its copies.
 class KeyPrior {
  public:
-  static const KeyPrior
-      uniform;  ///< log π_j = 0: a Nadaraya–Watson estimate with a Gaussian kernel
-  static const KeyPrior
-      sdpa;  ///< log π_j = β‖k_j‖²/2: the weights are those of scaled dot-product attention
+  /// log π_j = 0: a Nadaraya–Watson estimate with a Gaussian kernel
+  static const KeyPrior uniform;
+  /// log π_j = β‖k_j‖²/2: the weights are those of scaled dot-product attention
+  static const KeyPrior sdpa;
 
+  /// Implicit, so that `.prior = log_weights` reads as it should.
   template <detail::DenseMatrix Derived>
-  KeyPrior(
-      const Derived& log_weights)  // implicit, so that `.prior = log_weights` reads as it should
+  KeyPrior(const Derived& log_weights)
       : kind_(Kind::explicit_weights), scalar_tag_(&tag<typename Derived::Scalar>) {
     static_assert(detail::StoredMatrix<Derived>,
                   "surfattn: an explicit key prior is a view: pass a stored matrix of log-weights, "
@@ -88,8 +88,8 @@ inline constexpr KeyPrior KeyPrior::sdpa{KeyPrior::Kind::sdpa};
 struct SurfaceOptions {
   std::optional<double> scale = {};  ///< β; 1/√d when neither is given
   Heads heads = {};                  ///< how the columns divide into heads
-  Executor* executor =
-      nullptr;  ///< who runs the tasks of the call; the calling thread alone where there is none
+  /// who runs the tasks of the call; the calling thread alone where there is none
+  Executor* executor = nullptr;
   std::optional<double> bandwidth = {};  ///< σ, in the units of the keys
   KeyPrior prior = KeyPrior::uniform;    ///< log π_j
 };

@@ -20,8 +20,7 @@
 /// lookup: float, double, long double, Eigen::AutoDiffScalar. Conventions of all functions:
 ///  * tokens are rows; a head is a block of d = cols / heads columns; query head h reads key head
 ///    h / (Hq / Hkv); Tq queries, Tk keys; Tq, Tk and the head widths may be 0;
-///  * a masked pair (i, j) is skipped, not multiplied by 0: what stands behind a mask, NaN
-///  included,
+///  * a masked pair (i, j) is skipped, not multiplied by 0: what stands behind a mask, NaN included,
 ///    reaches no result and no gradient;
 ///  * a row with no key left has output 0, log-sum-exp -infinity and no part in any gradient;
 ///  * a row whose keys all score -infinity without being masked is 0/0: its results are NaN;
@@ -213,8 +212,8 @@ struct Softmax {
 };
 
 /// W_ij = exp(S_ij) / sum_l exp(S_il),  L_i = log sum_l exp(S_il), over the attended keys l.
-/// The row's maximum m_i is taken out of the exponentials, W_ij = exp(S_ij - m_i) / sum_l exp(S_il
-/// - m_i) and L_i = m_i + log sum_l exp(S_il - m_i), so that they do not overflow.
+/// The row's maximum m_i is taken out of the exponentials,
+/// W_ij = exp(S_ij - m_i) / sum_l exp(S_il - m_i) and L_i = m_i + log sum_l exp(S_il - m_i), so that they do not overflow.
 template <class S>
 Softmax<S> softmax(const Matrix<S>& scores, const Mask& mask) {
   using std::exp, std::log;
@@ -364,8 +363,8 @@ SurfaceGradients<S> distance_scores_backward(const Matrix<S>& q, const Matrix<S>
   return grad;
 }
 
-/// Results of one query head, before they are put side by side: softmax of the scores, then O = W
-/// V.
+/// Results of one query head, before they are put side by side: softmax of the scores, then
+/// O = W V.
 template <class S>
 void append_head(Forward<S>& result, const Matrix<S>& scores, const Matrix<S>& v, const Mask& mask,
                  Index head) {

@@ -100,8 +100,8 @@ Scalar bandwidth_gradient(const Operands<Scalar>& operands, MatrixView<const Sca
 
 }  // namespace detail
 
-/// Bytes of workspace that `project_into` and `project_forward_into` (Pass::forward) or
-/// `project_backward_into` (Pass::backward) need for these arguments.
+/// Bytes of workspace, as above, for `project_into` and `project_forward_into` (Pass::forward) or
+/// `project_backward_into` (Pass::backward).
 template <class Queries, class Keys>
 std::size_t workspace_size(Pass pass, const Queries& queries, const Keys& keys,
                            const SurfaceOptions& options = {}) {
@@ -215,7 +215,8 @@ auto project(const Queries& queries, const Keys& keys, const SurfaceOptions& opt
 /// `project`, and with it what the backward pass needs: returns {out, log_sum_exp}, where
 /// log_sum_exp_i = log Σ_j exp S_ij (Tq × Hq, −∞ for a query that sees no key). Under a uniform
 /// prior that is, up to a constant, the log of the kernel density of the keys at q_i, and its
-/// gradient is (P(q_i) − q_i)/σ².
+/// gradient is (P(q_i) − q_i)/σ². Under KeyPrior::sdpa the norm of the query is left out: it is the
+/// log-sum-exp of the scores β·q_i·k_j, as for attention_forward.
 template <class Queries, class Keys, class... Terms>
 auto project_forward(const Queries& queries, const Keys& keys, const SurfaceOptions& options = {},
                      const Terms&... terms) {

@@ -37,8 +37,8 @@ inline constexpr bool is_supported_scalar_v =
 /// head h reads key/value head h / (query / key_value), and `query` is a multiple of `key_value`.
 struct Heads {
   Index query = 1;  ///< number of query heads, Hq
-  std::optional<Index> key_value =
-      {};  ///< number of key/value heads, Hkv; as many as query heads when not given
+  /// number of key/value heads, Hkv; as many as query heads when not given
+  std::optional<Index> key_value = {};
 };
 
 /// The result of a forward pass, which is all that the backward pass needs besides the inputs.

@@ -25,8 +25,8 @@ struct Operands {
   MatrixView<const Scalar> queries;
   MatrixView<const Scalar> keys;
   MatrixView<const Scalar> values;  ///< the keys once more where `values_are_keys`
-  MatrixView<const Scalar>
-      log_prior;  ///< Tk × Hkv, col_stride 0 where all heads share one; no data where there is none
+  /// Tk × Hkv, col_stride 0 where all heads share one; no data where there is none
+  MatrixView<const Scalar> log_prior;
   Accumulator scale{1};
   Accumulator query_norm_weight{0};
   Accumulator key_norm_weight{0};
@@ -64,8 +64,8 @@ struct GradientOutputs {
   MatrixView<Scalar> queries;
   MatrixView<Scalar> keys;
   std::optional<MatrixView<Scalar>> values;  ///< absent where the values are the keys
-  std::optional<MatrixView<Scalar>>
-      key_bias;  ///< c_j = Σ_i dS_ij, Tk × Hkv; absent where nobody asked for it
+  /// c_j = Σ_i dS_ij, Tk × Hkv; absent where nobody asked for it
+  std::optional<MatrixView<Scalar>> key_bias;
 };
 
 }  // namespace surfattn::detail

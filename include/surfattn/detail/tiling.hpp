@@ -53,8 +53,8 @@ Tiling backward_tiling(const Shape& shape) {
           task_rows(shape.keys * shape.key_value_heads, keys, 4 * keys)};
 }
 
-/// Rows of a score tile are this far apart: whole panels, and an odd number of cache lines so that
-/// they do not compete for the same lines of the cache.
+/// Rows of a score tile are this far apart: room for whole panels, and an odd number of cache lines
+/// so that they do not compete for the same lines of the cache.
 template <class Scalar>
 constexpr Index score_stride(Index key_tile) {
   const Index line = std::max<Index>(1, 64 / static_cast<Index>(sizeof(Scalar)));

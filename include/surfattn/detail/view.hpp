@@ -49,7 +49,7 @@ concept DenseMatrix = requires(const plain_t<T>& matrix) {
 };
 
 template <class T>
-concept StoredMatrix = DenseMatrix<T> &&(plain_t<T>::Flags& Eigen::DirectAccessBit) != 0;
+concept StoredMatrix = DenseMatrix<T> &&(Eigen::DirectAccessBit& plain_t<T>::Flags) != 0;
 
 /// Owns its numbers, as Matrix does and Map and Block do not.
 template <class T>

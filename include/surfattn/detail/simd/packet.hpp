@@ -108,7 +108,7 @@ struct SquareBlock {
   Packet<Scalar>& operator[](Index row) { return rows.packet[row]; }
 
   SURFATTN_ALWAYS_INLINE void transpose() {
-    if constexpr (lanes < Scalar >> 1) Eigen::internal::ptranspose(rows);
+    if constexpr (lanes<Scalar> != 1) Eigen::internal::ptranspose(rows);
   }
 };
 
