@@ -201,10 +201,11 @@ void check_surface_form(const Problem<Scalar>& p, MaskKind mask_kind, PriorKind 
 
   if (prior == PriorKind::sdpa) {
     // Its log-sum-exp is that of the scores β·q·k.
+    const auto beta = [&]<class S>(S) { return 1 / (S(bandwidth) * S(bandwidth)); };
     exact.log_sum_exp =
-        reference::attention_forward<High>(q, k, k, High(scale), heads, mask).log_sum_exp;
+        reference::attention_forward<High>(q, k, k, beta(High()), heads, mask).log_sum_exp;
     plain.log_sum_exp =
-        reference::attention_forward<Scalar>(p.queries, p.keys, p.keys, Scalar(scale), heads, mask)
+        reference::attention_forward<Scalar>(p.queries, p.keys, p.keys, beta(Scalar()), heads, mask)
             .log_sum_exp;
   }
 

@@ -48,8 +48,10 @@ concept DenseMatrix = requires(const plain_t<T>& matrix) {
   accept_matrix(matrix);
 };
 
+// clang-format off
 template <class T>
-concept StoredMatrix = DenseMatrix<T> &&(Eigen::DirectAccessBit& plain_t<T>::Flags) != 0;
+concept StoredMatrix = DenseMatrix<T> && (plain_t<T>::Flags & Eigen::DirectAccessBit) != 0;
+// clang-format on
 
 /// Owns its numbers, as Matrix does and Map and Block do not.
 template <class T>
