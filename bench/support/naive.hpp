@@ -2,11 +2,13 @@
 #pragma once
 
 #include <cmath>
+#include <limits>
 #include <surfattn/types.hpp>
 
 namespace surfattn::bench {
 
-/// softmax(β·Q·Kᵀ)·V for one head: all scores stored, the product first and then the scale in place. `mask_above` hides the keys j > i + Tk − Tq.
+/// softmax(β·Q·Kᵀ)·V for one head: all scores stored, the product first and then the scale in
+/// place. `causal` hides the keys j > i + Tk − Tq.
 template <class Queries, class Keys, class Values>
 Matrix<typename Queries::Scalar> naive_attention(const Queries& q, const Keys& k, const Values& v,
                                                  bool causal = false) {

@@ -34,8 +34,8 @@ struct LayerGradients {
   using Scalar = typename decltype(Weights::output_bias)::Scalar;
   Matrix<Scalar> x;
   Matrix<Scalar> y;
-  Weights
-      weights;  ///< the gradient of each matrix and bias in its place; heads and scale are copied
+  /// The gradient of each matrix and bias in its place; heads and scale are copied.
+  Weights weights;
 };
 
 namespace detail {

@@ -113,8 +113,9 @@ std::size_t workspace_size(Pass pass, const Queries& queries, const Keys& keys,
 
 /// P(Q) into `out`, without allocating: `project` for callers who own the memory.
 ///
-/// Inputs must be stored matrices. `out`, Tq × (Hq·d), may have any storage and must not overlap
-/// the inputs. `workspace` needs workspace_size(Pass::forward, queries, keys, options) bytes.
+/// Inputs must be stored matrices. `out`, Tq × (Hq·d), may have any storage; no output may overlap
+/// an input or another output. `workspace` needs workspace_size(Pass::forward, queries, keys,
+/// options) bytes.
 template <class Queries, class Keys, class Out, class... Terms>
 void project_into(const Queries& queries, const Keys& keys, Out&& out, const Workspace& workspace,
                   const SurfaceOptions& options = {}, const Terms&... terms) {
@@ -145,10 +146,11 @@ void project_forward_into(const Queries& queries, const Keys& keys, Out&& out,
 /// Gradients of a loss with respect to queries, keys, bandwidth and log-prior, without allocating.
 ///
 /// `out` and `log_sum_exp` are what project_forward_into wrote for the same inputs, options and
-/// terms; `grad_out` is ∂loss/∂out. Every gradient is overwritten: `grad_queries` and `grad_keys`
-/// of their inputs' shapes, `grad_bandwidth` a scalar, `grad_log_prior` Tk × Hkv also where one
-/// prior serves all heads (its gradient is then the sum over the columns). `workspace` needs
-/// workspace_size(Pass::backward, queries, keys, options) bytes.
+/// terms; `grad_out` is ∂loss/∂out. Every gradient is overwritten, and none may overlap an input or
+/// another output: `grad_queries` and `grad_keys` of their inputs' shapes, `grad_bandwidth` a
+/// scalar, `grad_log_prior` Tk × Hkv also where one prior serves all heads (its gradient is then
+/// the sum over the columns). `workspace` needs workspace_size(Pass::backward, queries, keys,
+/// options) bytes.
 template <class Queries, class Keys, class Out, class LogSumExp, class GradOut, class GradQueries,
           class GradKeys, class GradLogPrior, class... Terms>
 void project_backward_into(const Queries& queries, const Keys& keys, const Out& out,

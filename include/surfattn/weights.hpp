@@ -3,8 +3,6 @@
 
 #pragma once
 
-#include <algorithm>
-#include <cmath>
 #include <optional>
 #include <string>
 #include <surfattn/detail/adapter.hpp>
@@ -123,7 +121,7 @@ SurfaceWeights<Scalar> merge(const StandardWeights<Scalar>& weights) {
   const Index width = weights.key.rows(), d = shape.head_dim, dv = shape.value_dim;
   SurfaceWeights<Scalar> merged;
   merged.heads = shape.query_heads;
-  merged.scale = weights.scale.value_or(1 / std::sqrt(static_cast<double>(std::max<Index>(d, 1))));
+  merged.scale = detail::scale_or_default<double>(weights.scale, d);
   merged.metric.resize(weights.query.rows(), merged.heads * width);
   merged.readout.resize(merged.heads * width, weights.output.cols());
   if (weights.query_bias.size() > 0) merged.metric_bias.resize(merged.heads * width);

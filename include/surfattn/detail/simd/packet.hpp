@@ -94,10 +94,10 @@ SURFATTN_ALWAYS_INLINE Packet<Scalar> zero_where_zero(Packet<Scalar> a, Packet<S
   }
 }
 
+// Packets have attributes, which template arguments lose; here none of them matters.
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic push
-#pragma GCC diagnostic ignored \
-    "-Wignored-attributes"  // of packets as template arguments; none matters
+#pragma GCC diagnostic ignored "-Wignored-attributes"
 #endif
 
 /// Numbers of a square block, one packet for each row.

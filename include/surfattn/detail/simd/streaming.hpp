@@ -85,11 +85,11 @@ SURFATTN_ALWAYS_INLINE void dot_column(Index rows, LeftOperand<Scalar> q,
   }
 }
 
-/// C = Q·Kᵀ + bias, over whole panels: Q packed (depth_stride 1, rows padded with zeros), K the
-/// rows of an input as they lie.
+/// C = Q·Kᵀ + bias, the bias one number for each key: Q packed (depth_stride 1, rows padded with
+/// zeros), K the rows of an input as they lie.
 template <class Scalar, class Source>
 void set_dot_products(Index rows, LeftOperand<Scalar> q, MatrixView<const Source> keys,
-                      Tile<Scalar> c, const Scalar* col_bias) {
+                      Tile<Scalar> c, const Scalar* bias) {
   constexpr Index step = 4;
   Index j = 0;
   for (; j + step <= keys.rows; j += step) {
@@ -98,7 +98,7 @@ void set_dot_products(Index rows, LeftOperand<Scalar> q, MatrixView<const Source
   }
   for (; j < keys.rows; ++j)
     dot_column<4, 1>(rows, q, keys.block_rows(j, 1), {c.data + j, c.row_stride});
-  for (Index i = 0; i < rows; ++i) add_row(col_bias, c.data + i * c.row_stride, keys.rows);
+  for (Index i = 0; i < rows; ++i) add_row(bias, c.data + i * c.row_stride, keys.rows);
 }
 
 /// Whether the rows of `source` can be the panels of a right operand as they lie: contiguous, whole
