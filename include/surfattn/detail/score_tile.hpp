@@ -97,7 +97,7 @@ void add_non_finite_rows(const Terms& terms, const Tile& tile,
   for (Index n = 0; n < b.non_finite.count; ++n) {
     const Index k = b.non_finite.rows[n] - first;
     for (Index r = 0; 0 <= k && k < depth && r < rows; ++r) {
-      if (!terms.allows(tile.first_query + (transposed ? k : r),
+      if (!terms.allows(tile.head, tile.first_query + (transposed ? k : r),
                         tile.first_key + (transposed ? r : k)))
         continue;
       const auto weight = a.data[r * a.row_stride + k * a.depth_stride];

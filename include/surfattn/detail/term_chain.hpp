@@ -3,20 +3,25 @@
 #pragma once
 
 #include <algorithm>
-#include <surfattn/terms.hpp>
+#include <surfattn/terms/term.hpp>
 #include <tuple>
 
 namespace surfattn::detail {
 
 template <RangeMask Mask>
-bool allows(const Mask& mask, Index query, Index key) {
+bool allows(const Mask& mask, Index, Index query, Index key) {
   const KeyRange range = mask.range(query);
   return range.first <= key && key < range.last;
 }
 
-template <PairMask Mask>
-bool allows(const Mask& mask, Index query, Index key) {
+template <SharedPairMask Mask>
+bool allows(const Mask& mask, Index, Index query, Index key) {
   return mask.allows(query, key);
+}
+
+template <HeadPairMask Mask>
+bool allows(const Mask& mask, Index head, Index query, Index key) {
+  return mask.allows(head, query, key);
 }
 
 template <RangeMask Mask>
@@ -69,7 +74,7 @@ template <PairMask Mask, class Scalar>
 void hide(const Mask& mask, const Tile& tile, Scalar* data, Index row_stride, Scalar value) {
   for (Index i = 0; i < tile.queries; ++i, data += row_stride) {
     for (Index j = 0; j < tile.keys; ++j) {
-      if (!mask.allows(tile.first_query + i, tile.first_key + j)) data[j] = value;
+      if (!allows(mask, tile.head, tile.first_query + i, tile.first_key + j)) data[j] = value;
     }
   }
 }
@@ -80,8 +85,8 @@ class TermChain {
  public:
   explicit TermChain(const Bound&... bound) : terms_(bound...) {}
 
-  bool allows(Index query, Index key) const {
-    return every([&](const auto& term) { return detail::allows(term, query, key); });
+  bool allows(Index head, Index query, Index key) const {
+    return every([&](const auto& term) { return detail::allows(term, head, query, key); });
   }
 
   Coverage coverage(const Tile& tile) const {
