@@ -2,5 +2,7 @@
 
 #pragma once
 
+#include <surfattn/terms/additive_bias.hpp>
 #include <surfattn/terms/masks.hpp>
+#include <surfattn/terms/modifiers.hpp>
 #include <surfattn/terms/term.hpp>

@@ -9,7 +9,9 @@
 #include <surfattn/detail/backward_engine.hpp>
 #include <surfattn/detail/forward_engine.hpp>
 #include <surfattn/detail/stream_engine.hpp>
+#include <surfattn/terms/parameter.hpp>
 #include <surfattn/workspace.hpp>
+#include <tuple>
 
 namespace surfattn::detail {
 
@@ -34,24 +36,92 @@ auto with_forward_plan(const Shape& shape, const Executor* executor, const Use& 
   return use(ForwardPlan<Scalar>(shape, forward_tiling<Scalar>(shape), executor));
 }
 
-template <class Scalar>
+template <class Scalar, class Bound>
 BackwardPlan<Scalar> backward_plan(const Shape& shape, bool values_are_keys,
-                                   const Executor* executor) {
-  return {shape, backward_tiling<Scalar>(shape), values_are_keys, executor};
+                                   const Executor* executor, const Bound& terms) {
+  return {shape, backward_tiling<Scalar>(shape), values_are_keys, executor, terms};
 }
 
+/// Bytes of workspace; a forward pass needs none for its terms.
 template <class Scalar>
+std::size_t forward_workspace_size(const Shape& shape, const Executor* executor) {
+  return with_forward_plan<Scalar>(shape, executor,
+                                   [](const auto& plan) { return plan.workspace_size(); });
+}
+
+template <class Scalar, class... Terms>
 std::size_t workspace_size(Pass pass, const Shape& shape, bool values_are_keys,
-                           const Executor* executor) {
-  return pass == Pass::forward
-             ? with_forward_plan<Scalar>(shape, executor,
-                                         [](const auto& plan) { return plan.workspace_size(); })
-             : backward_plan<Scalar>(shape, values_are_keys, executor).workspace_size();
+                           const Executor* executor, const Require& require,
+                           const Terms&... terms) {
+  if (pass == Pass::forward) return forward_workspace_size<Scalar>(shape, executor);
+  return backward_plan<Scalar>(shape, values_are_keys, executor,
+                               bind_terms(shape, require, terms...))
+      .workspace_size();
 }
 
 template <class Scalar>
 Matrix<Scalar> matrix(Extent extent) {
   return Matrix<Scalar>(extent.rows, extent.cols);
+}
+
+/// The result type of a backward function: `Gradients`, and one matrix for each trainable term.
+template <class Gradients, class Entries>
+struct with_terms_of;
+template <class Gradients, class... Entries>
+struct with_terms_of<Gradients, std::tuple<Entries...>> {
+  using type = WithTermGradients<Gradients, Entries...>;
+};
+template <class Gradients>
+struct with_terms_of<Gradients, std::tuple<>> {
+  using type = Gradients;
+};
+
+/// A tuple of one matrix for the gradient of a trainable term; of another term, of none. A term
+/// that has been told where its gradient goes keeps that, and its matrix stays empty.
+template <class Term>
+auto gradient_entry(const Term& term) {
+  if constexpr (TrainableTermType<Term>) {
+    const Extent extent = term.wants_gradient() ? Extent{} : term.parameter_extent();
+    return std::tuple(matrix<typename Term::ParameterScalar>(extent));
+  } else {
+    return std::tuple<>();
+  }
+}
+
+/// The same term, told to write its gradient to its entry, the one at `index`.
+template <std::size_t index, class Term, class Entries>
+decltype(auto) directed(const Term& term, Entries& entries) {
+  if constexpr (TrainableTermType<Term>) {
+    return term.wants_gradient() ? term : term.gradient_into(view(std::get<index>(entries)));
+  } else {
+    return (term);
+  }
+}
+
+/// How many of the terms before the one at `index` are trainable.
+template <std::size_t index, class... Terms>
+constexpr std::size_t trainable_before() {
+  constexpr bool trainable[] = {TrainableTermType<Terms>...};
+  std::size_t count = 0;
+  for (std::size_t i = 0; i < index; ++i) count += trainable[i];
+  return count;
+}
+
+/// Calls run(gradients, terms...) with matrices made for the gradient of every trainable term, and
+/// returns the gradients with these.
+template <class Gradients, class Run, class... Terms>
+auto with_term_gradients(Gradients inputs, const Run& run, const Terms&... terms) {
+  auto entries = std::tuple_cat(gradient_entry(terms)...);
+  [&]<std::size_t... index>(std::index_sequence<index...>) {
+    run(inputs, directed<trainable_before<index, Terms...>()>(terms, entries)...);
+  }
+  (std::index_sequence_for<Terms...>());
+  if constexpr (std::tuple_size_v<decltype(entries)> == 0) {
+    return inputs;
+  } else {
+    return typename with_terms_of<Gradients, decltype(entries)>::type{std::move(inputs),
+                                                                      std::move(entries)};
+  }
 }
 
 /// Binds the terms, checks outputs and workspace, and only then runs the forward pass.
@@ -73,14 +143,16 @@ void run_forward(const Operands<Scalar>& operands, const ForwardOutputs<Scalar>&
   });
 }
 
-/// The same for the backward pass.
+/// The same for the backward pass; returns what `backward` returns.
 template <class Scalar, class... Terms>
-void run_backward(const Operands<Scalar>& operands, const Upstream<Scalar>& upstream,
-                  const GradientOutputs<Scalar>& gradients, const Workspace& workspace,
-                  Executor* executor, const Require& require, const Terms&... terms) {
+const accumulator_t<Scalar>* run_backward(const Operands<Scalar>& operands,
+                                          const Upstream<Scalar>& upstream,
+                                          const GradientOutputs<Scalar>& gradients,
+                                          const Workspace& workspace, Executor* executor,
+                                          const Require& require, const Terms&... terms) {
   const Shape& shape = operands.shape;
   const auto bound = bind_terms(shape, require, terms...);
-  const auto plan = backward_plan<Scalar>(shape, operands.values_are_keys, executor);
+  const auto plan = backward_plan<Scalar>(shape, operands.values_are_keys, executor, bound);
   require.shape("forward.out", extent(upstream.out), shape.out_extent(),
                 "queries × query heads · value width");
   require.shape("forward.log_sum_exp", extent(upstream.log_sum_exp), shape.log_sum_exp_extent(),
@@ -95,7 +167,7 @@ void run_backward(const Operands<Scalar>& operands, const Upstream<Scalar>& upst
                   "the shape of values");
   }
   check_workspace(require, workspace, plan.least_workspace_size());
-  backward(operands, bound, plan, upstream, gradients, workspace, executor);
+  return backward(operands, bound, plan, upstream, gradients, workspace, executor);
 }
 
 }  // namespace surfattn::detail

@@ -7,6 +7,7 @@
 #include <memory>
 #include <surfattn/detail/operands.hpp>
 #include <surfattn/detail/score_tile.hpp>
+#include <surfattn/detail/term_gradients.hpp>
 #include <surfattn/detail/tiling.hpp>
 #include <surfattn/detail/work_plan.hpp>
 #include <surfattn/executor.hpp>
@@ -102,19 +103,26 @@ using Turn = std::atomic<Index>;
 /// passed the rows. That block has begun (items are taken in order), so the wait ends.
 struct Turns {
   Turn* own;
-  Turn* before;  ///< of the block before; null for the first
+  Turn* before;       ///< of the block before; null for the first
+  Turn* head_before;  ///< of the same block of the key/value head before; null for the first
 
-  void wait_for(Index turn) const {
-    if (!before) return;
-    for (Index passed = before->load(std::memory_order_acquire); passed <= turn;
-         passed = before->load(std::memory_order_acquire)) {
-      before->wait(passed, std::memory_order_acquire);
-    }
-  }
+  void wait_for(Index turn) const { wait_for(before, turn); }
+
+  /// Sums over heads are formed in the order of the heads.
+  void wait_for_head_before(Index turn) const { wait_for(head_before, turn); }
 
   void pass(Index turn) const {
     own->store(turn + 1, std::memory_order_release);
     own->notify_all();
+  }
+
+ private:
+  static void wait_for(Turn* other, Index turn) {
+    if (!other) return;
+    for (Index passed = other->load(std::memory_order_acquire); passed <= turn;
+         passed = other->load(std::memory_order_acquire)) {
+      other->wait(passed, std::memory_order_acquire);
+    }
   }
 };
 
@@ -138,8 +146,8 @@ class BackwardTask {
  public:
   BackwardTask(const Operands<Scalar>& operands, const Terms& terms, const Tiling& tiling,
                const Upstream<Scalar>& upstream, const GradientOutputs<Scalar>& gradients,
-               BackwardBuffers<Accumulator>& buffers, Index key_value_head, Index first_key,
-               Turns turns)
+               BackwardBuffers<Accumulator>& buffers, const TermTask<Scalar, Terms>& term_task,
+               Index key_value_head, Index first_key, Turns turns)
       : operands_(operands),
         shape_(operands.shape),
         terms_(terms),
@@ -147,6 +155,7 @@ class BackwardTask {
         upstream_(upstream),
         gradients_(gradients),
         buffers_(buffers),
+        term_task_(term_task),
         key_value_head_(key_value_head),
         first_key_(first_key),
         turns_(turns),
@@ -210,6 +219,7 @@ class BackwardTask {
     }
     turns_.wait_for(turn);
     if (packed) add_to_grad_queries(head, first_query, queries);
+    if (packed) term_task_.end_run(head, first_query, queries);
     turns_.pass(turn);
   }
 
@@ -232,6 +242,7 @@ class BackwardTask {
     grad_out_of_tile_ = pack_row_operand(grad_out, Accumulator(1), buffers_.grad_out.panels,
                                          buffers_.grad_out.non_finite);
     load_row_statistics(tile, grad_out, out_rows(upstream_.out, tile));
+    term_task_.begin_run(tile.queries);
     std::fill(buffers_.grad_queries, buffers_.grad_queries + tile.queries * buffers_.key_stride,
               Accumulator(0));
   }
@@ -244,7 +255,8 @@ class BackwardTask {
       const auto log_sum_exp =
           static_cast<Accumulator>(upstream_.log_sum_exp(tile.first_query + i, tile.head));
       const bool sees_a_key = log_sum_exp != simd::minus_infinity<Accumulator>;
-      const Accumulator offset = query_offset(operands_, tile.head, tile.first_query + i);
+      const Accumulator offset =
+          offset_beside_scores<Terms>(operands_, tile.head, tile.first_query + i);
       buffers_.log_sum_exp[i] =
           sees_a_key ? (log_sum_exp - offset) * simd::log2_e<Accumulator> : Accumulator(0);
     }
@@ -259,18 +271,30 @@ class BackwardTask {
     score_tile<Accumulator>(tile, shape_.head_dim, {buffers_.queries.rows, buffers_.key_stride, 1},
                             keys.transposed_keys + offset * shape_.head_dim, keys.key_bias + offset,
                             weights);
+    finish_scores(operands_, terms_, tile, weights, term_task_.records());
     simd::set_product<Accumulator>(tile.queries, tile.keys, shape_.value_dim,
                                    {buffers_.grad_out.rows, buffers_.value_stride, 1},
                                    {keys.transposed_values + offset * shape_.value_dim,
                                     shape_.value_dim * simd::panel_width<Accumulator>},
                                    grad_scores);
+    term_task_.drop_gradients(tile, grad_scores);
     differentiate_softmax(tile, weights, grad_scores);
     if (coverage == Coverage::partial) {
       // By selection, and last: a row whose score is NaN in sight of one key has NaN for every weight.
       terms_.hide(tile, weights.data, weights.row_stride, Accumulator(0));
       terms_.hide(tile, grad_scores.data, grad_scores.row_stride, Accumulator(0));
     }
+    term_task_.drop_weights(tile, weights);
+    term_task_.differentiate(tile, grad_scores, [&] { wait_for_head_before(tile); });
     add_to_gradients(tile, weights, grad_scores, key_tile, offset);
+  }
+
+  /// Returns when the key/value head before this one has passed the queries of the tile with all
+  /// its query heads.
+  void wait_for_head_before(const Tile& tile) const {
+    const Index runs = blocks(shape_.queries, tiling_.query_tile);
+    turns_.wait_for_head_before((shape_.group() - 1) * runs +
+                                tile.first_query / tiling_.query_tile);
   }
 
   /// S → W = 2^(S − L) and dP → dS = W∘(dP − D), in place.
@@ -363,6 +387,7 @@ class BackwardTask {
   const Upstream<Scalar>& upstream_;
   const GradientOutputs<Scalar>& gradients_;
   BackwardBuffers<Accumulator>& buffers_;
+  const TermTask<Scalar, Terms>& term_task_;
   Index key_value_head_;
   Index first_key_;
   Turns turns_;
@@ -386,40 +411,58 @@ struct BackwardPlan : WorkPlan {
   Tiling tiling;
   bool values_are_keys;
 
-  BackwardPlan(const Shape& problem, const Tiling& cut, bool shared, const Executor* executor)
+  template <class Terms>
+  BackwardPlan(const Shape& problem, const Tiling& cut, bool shared, const Executor* executor,
+               const Terms& terms)
       : shape(problem), tiling(cut), values_are_keys(shared) {
+    using Accumulator = accumulator_t<Scalar>;
     items = shape.key_value_heads * blocks(shape.keys, tiling.block);
     workers = detail::workers(executor, items);
-    Arena counter, turns;
-    BackwardBuffers<accumulator_t<Scalar>>(counter, shape, tiling, values_are_keys);
-    turns.take<Turn>(items);
-    bytes_per_worker = counter.used();
-    shared_bytes = turns.used();
+    Arena of_worker, of_all;
+    BackwardBuffers<Accumulator>(of_worker, shape, tiling, values_are_keys);
+    TermBuffers<Accumulator, Terms>(of_worker, tiling);
+    of_all.take<Turn>(items);
+    TermTotals<Accumulator, Terms>(of_all, terms, shape, items, values_are_keys);
+    bytes_per_worker = of_worker.used();
+    shared_bytes = of_all.used();
   }
 };
 
-/// All gradients of one problem, every output written.
+/// All gradients of one problem, every output written. Returns what TermTotals::raw_rows holds, in
+/// the workspace: r_i = Σ_j dS_ij at head·Tq + i, or null where that is 0.
 template <class Scalar, class Terms>
-void backward(const Operands<Scalar>& operands, const Terms& terms,
-              const BackwardPlan<Scalar>& plan, const Upstream<Scalar>& upstream,
-              const GradientOutputs<Scalar>& gradients, const Workspace& workspace,
-              Executor* executor) {
-  Turn* turns = Arena(workspace).take<Turn>(plan.items);
+const accumulator_t<Scalar>* backward(const Operands<Scalar>& operands, const Terms& terms,
+                                      const BackwardPlan<Scalar>& plan,
+                                      const Upstream<Scalar>& upstream,
+                                      const GradientOutputs<Scalar>& gradients,
+                                      const Workspace& workspace, Executor* executor) {
+  using Accumulator = accumulator_t<Scalar>;
+  Arena shared(workspace);
+  Turn* turns = shared.take<Turn>(plan.items);
   std::uninitialized_value_construct_n(turns, plan.items);
+  const TermTotals<Accumulator, Terms> totals(
+      shared, terms, plan.shape, plan.items,
+      plan.values_are_keys && operands.query_norm_weight != Accumulator(0));
   set_zero(gradients.queries);
+  begin_term_gradients(terms);
   const Index blocks_per_head = blocks(plan.shape.keys, plan.tiling.block);
   share_items(executor, plan.workers_within(workspace), [&](Index worker, const auto& take) {
     Arena arena = plan.arena_of(workspace, worker);
-    BackwardBuffers<accumulator_t<Scalar>> buffers(arena, plan.shape, plan.tiling,
-                                                   plan.values_are_keys);
+    BackwardBuffers<Accumulator> buffers(arena, plan.shape, plan.tiling, plan.values_are_keys);
+    TermBuffers<Accumulator, Terms> term_buffers(arena, plan.tiling);
     for (Index item = take(); item < plan.items; item = take()) {
       const Index block = item % blocks_per_head;
-      BackwardTask<Scalar, Terms>(operands, terms, plan.tiling, upstream, gradients, buffers,
-                                  item / blocks_per_head, block * plan.tiling.block,
-                                  {turns + item, block > 0 ? turns + item - 1 : nullptr})
+      const TermTask<Scalar, Terms> term_task(plan.shape, terms, term_buffers, totals, item);
+      BackwardTask<Scalar, Terms>(
+          operands, terms, plan.tiling, upstream, gradients, buffers, term_task,
+          item / blocks_per_head, block * plan.tiling.block,
+          {turns + item, block > 0 ? turns + item - 1 : nullptr,
+           item >= blocks_per_head ? turns + item - blocks_per_head : nullptr})
           .run();
     }
   });
+  finish_term_gradients(operands, terms, totals, plan.items, upstream, gradients.queries);
+  return totals.raw_rows;
 }
 
 }  // namespace surfattn::detail

@@ -115,10 +115,12 @@ class ForwardTask {
         tile, shape_.head_dim,
         {buffers_.queries + row * buffers_.query_stride, buffers_.query_stride, 1},
         buffers_.key_panels + offset * shape_.head_dim, buffers_.key_bias + offset, scores);
+    finish_scores(operands_, terms_, tile, scores);
     if (coverage == Coverage::partial) {
       terms_.hide(tile, scores.data, scores.row_stride, simd::minus_infinity<Accumulator>);
     }
     buffers_.outs.take_weights(row, tile.queries, tile.keys, scores);
+    terms_.drop(tile, scores);
     add_weighted_rows<false>(terms_, tile, scores, values_, offset,
                              buffers_.outs.tile(row));  // O += W·V
   }
@@ -126,8 +128,8 @@ class ForwardTask {
   void store(const ForwardOutputs<Scalar>& outputs) const {
     for (Index member = 0; member < shape_.group(); ++member) {
       for (Index i = 0; i < queries_; ++i) {
-        buffers_.outs.write(member * queries_ + i, operands_, outputs, first_head() + member,
-                            first_query_ + i);
+        buffers_.outs.write(member * queries_ + i, operands_, terms_, outputs,
+                            first_head() + member, first_query_ + i);
       }
     }
   }

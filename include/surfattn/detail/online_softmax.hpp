@@ -58,6 +58,16 @@ struct OnlineSoftmax {
     maximum[row] = largest;
   }
 
+  /// Takes in one score more, in units of ln 2, of a key whose value is 0.
+  void include(Index row, Accumulator score, Accumulator* out, Index padded_dim) const {
+    const Accumulator largest = std::max(maximum[row], score);
+    if (largest == simd::minus_infinity<Accumulator>) return;
+    const Accumulator factor = std::exp2(maximum[row] - largest);
+    simd::scale_row(out, padded_dim, factor);
+    sum[row] = sum[row] * factor + std::exp2(score - largest);
+    maximum[row] = largest;
+  }
+
   /// ln2·(m + log₂ l); −∞ where no key was seen.
   Accumulator log_sum_exp(Index row) const {
     return sum[row] == Accumulator(0)

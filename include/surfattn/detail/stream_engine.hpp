@@ -116,11 +116,15 @@ class StreamTask {
     simd::set_dot_products<Accumulator>(
         rows, {buffers_.queries + row * buffers_.query_stride, buffers_.query_stride, 1}, key_rows,
         scores(0), buffers_.key_bias);
+    for (Index member = 0; member < shape_.group(); ++member)
+      finish_scores(operands_, terms_, tile_of(member), scores(member));
     for (Index member = 0; coverage == Coverage::partial && member < shape_.group(); ++member) {
       terms_.hide(tile_of(member), scores(member).data, buffers_.score_stride,
                   simd::minus_infinity<Accumulator>);
     }
     outs.take_weights(row, rows, keys, scores(0));
+    for (Index member = 0; member < shape_.group(); ++member)
+      terms_.drop(tile_of(member), scores(member));
     const RowOperand<Scalar> values =
         value_operand(operands_.value_head(head).block_rows(first_key, keys));
     simd::add_product(rows, shape_.value_dim, keys, left_operand<false>(scores(0)), values.panels,
@@ -192,7 +196,7 @@ void forward(const Operands<Scalar>& operands, const Terms& terms, const StreamP
   const SoftmaxRows<Accumulator> whole = part_of(0);
   for (Index row = 0; row < rows; ++row) {
     for (Index item = 1; item < plan.items; ++item) whole.merge(row, part_of(item));
-    whole.write(row, operands, outputs, row / plan.shape.queries, row % plan.shape.queries);
+    whole.write(row, operands, terms, outputs, row / plan.shape.queries, row % plan.shape.queries);
   }
 }
 
