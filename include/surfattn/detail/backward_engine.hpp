@@ -411,9 +411,9 @@ struct BackwardPlan : WorkPlan {
   Tiling tiling;
   bool values_are_keys;
 
-  template <class Terms>
+  template <class Terms = TermChain<>>
   BackwardPlan(const Shape& problem, const Tiling& cut, bool shared, const Executor* executor,
-               const Terms& terms)
+               const Terms& terms = Terms())
       : shape(problem), tiling(cut), values_are_keys(shared) {
     using Accumulator = accumulator_t<Scalar>;
     items = shape.key_value_heads * blocks(shape.keys, tiling.block);

@@ -35,8 +35,8 @@ struct TermTotals {
       sums_columns |= term.wants_column_sums();
     });
     const auto take = [&](bool wanted, Index count) {
-      Accumulator* numbers = arena.take<Accumulator>(wanted ? count : 0);
-      if (numbers && wanted) std::fill(numbers, numbers + count, Accumulator(0));
+      Accumulator* numbers = wanted ? arena.take<Accumulator>(count) : nullptr;
+      if (numbers) std::fill(numbers, numbers + count, Accumulator(0));
       return numbers;
     };
     items = take(true, items_of_pass * item_stride);
@@ -238,9 +238,11 @@ void finish_term_gradients(const Operands<Scalar>& operands, const Terms& terms,
   GradientSums<Accumulator> sums{operands.shape,     items,       totals.items,
                                  totals.item_stride, totals.rows, totals.columns};
   terms.each_wanted_gradient([&]<class Term>(std::size_t, const Term& term) {
-    if constexpr (SoftmaxSink<Term>) add_sink_gradient(operands, upstream, term);
     term.finish_gradient(sums);
     sums.of_items += term.sums_per_item(operands.shape);
+  });
+  terms.each_sink([&](const auto& sink) {
+    if (sink.wants_gradient()) add_sink_gradient(operands, upstream, sink);
   });
   if constexpr (Terms::needs_whole_scores) {
     if (totals.sums_raw_rows) add_query_norm_gradient(operands, totals.raw_rows, grad_queries);

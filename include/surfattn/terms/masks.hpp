@@ -64,15 +64,7 @@ struct SlidingWindow {
       require.fail("SlidingWindow must reach 0 or more keys to each side, but left is " +
                    std::to_string(left) + " and right is " + std::to_string(right));
     }
-    if (!align && shape.queries != shape.keys) {
-      require.fail(
-          "SlidingWindow must name its alignment (Align::top_left or Align::bottom_right) where "
-          "queries and keys differ in "
-          "number, but queries is " +
-          detail::words(shape.queries_extent()) + " and keys is " +
-          detail::words(shape.keys_extent()));
-    }
-    return {detail::first_position(align.value_or(Align::top_left), shape),
+    return {detail::first_position("SlidingWindow", align, shape, require),
             std::min(left, unlimited), std::min(right, unlimited), shape.keys};
   }
 };

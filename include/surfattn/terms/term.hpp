@@ -3,6 +3,8 @@
 #pragma once
 
 #include <concepts>
+#include <optional>
+#include <string>
 #include <surfattn/detail/require.hpp>
 #include <surfattn/detail/simd/tile_products.hpp>
 #include <surfattn/types.hpp>
@@ -60,6 +62,18 @@ namespace detail {
 /// The key position at which query 0 stands.
 inline Index first_position(Align align, const Shape& shape) {
   return align == Align::top_left ? 0 : shape.keys - shape.queries;
+}
+
+/// The same for a term that may leave its alignment out where Tq = Tk.
+inline Index first_position(const char* term, std::optional<Align> align, const Shape& shape,
+                            const Require& require) {
+  if (!align && shape.queries != shape.keys) {
+    require.fail(std::string(term) +
+                 " must name its alignment (Align::top_left or Align::bottom_right) where queries "
+                 "and keys differ in number, but queries is " +
+                 words(shape.queries_extent()) + " and keys is " + words(shape.keys_extent()));
+  }
+  return first_position(align.value_or(Align::top_left), shape);
 }
 
 /// A mask bound to the sizes of a problem that lets each query see one run of keys: `range(query)`.
@@ -122,6 +136,7 @@ concept ScoreBias = requires(const T& term, const Tile& tile, simd::Tile<float> 
 template <class T>
 concept SoftmaxSink = requires(const T& term, Index head, float gradient) {
   { term.template logit<float>(head) } -> std::same_as<float>;
+  { term.wants_gradient() } -> std::same_as<bool>;
   term.set_gradient(head, gradient);
 };
 
@@ -154,7 +169,7 @@ struct GradientSums {
   }
 };
 
-/// A bound term with a gradient of its own. It is asked only where somebody wants that gradient
+/// A bound term whose gradient is formed from sums. It is asked only where somebody wants that gradient
 /// (`wants_gradient`), and then for what it needs: so many numbers for each item of work, and
 /// whether the sums of dS along its rows or down its columns.
 template <class T>
