@@ -73,9 +73,8 @@ struct Dropout {
           std::to_string(sequence) + ", queries is " + detail::words(shape.queries_extent()) +
           " and keys is " + detail::words(shape.keys_extent()));
     }
-    const auto threshold = static_cast<std::uint64_t>(std::llround(probability * 0x1p32));
-    return {key(), std::min(threshold, words - 1), 1 / (1 - probability),
-            static_cast<std::uint32_t>(sequence)};
+    const auto threshold = static_cast<std::uint64_t>(std::ceil(probability * 0x1p32));
+    return {key(), threshold, 1 / (1 - probability), static_cast<std::uint32_t>(sequence)};
   }
 
  private:
