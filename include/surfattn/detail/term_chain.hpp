@@ -85,10 +85,6 @@ void hide(const Mask& mask, const Tile& tile, Scalar* data, Index row_stride, Sc
 template <class T>
 concept Mask = RangeMask<T> || PairMask<T>;
 
-/// Whether a bound term leaves a record of a tile on the way forward for the way back.
-template <class T>
-inline constexpr bool keeps_record = ScoreModifier<T> || WeightDropout<T>;
-
 /// Tiles of memory for what a chain of terms records of one tile; no data in a forward pass.
 template <class Accumulator, std::size_t count>
 using TermRecords = std::array<simd::Tile<Accumulator>, count>;
@@ -106,7 +102,10 @@ class TermChain {
   static constexpr bool has_sinks = (SoftmaxSink<Bound> || ...);
   static constexpr bool drops_weights = (WeightDropout<Bound> || ...);
   static constexpr bool is_trainable = (TrainableBound<Bound> || ...);
-  static constexpr std::size_t records = (std::size_t(keeps_record<Bound>) + ... + 0);
+  static constexpr std::size_t modifiers = (std::size_t(ScoreModifier<Bound>) + ... + 0);
+
+  /// Each modifier and then each dropout leaves a record of a tile for the way back.
+  static constexpr std::size_t records = modifiers + (std::size_t(WeightDropout<Bound>) + ... + 0);
 
   /// Whether a number added to all scores of a row would show in the result, as it does not in a
   /// softmax alone.
@@ -155,7 +154,7 @@ class TermChain {
   void change_scores(const Tile& tile, simd::Tile<Accumulator> scores,
                      const TermRecords<Accumulator, records>& kept) const {
     each([&]<std::size_t index>(const auto& term) {
-      if constexpr (ScoreModifier<Term<index>>) term.modify(tile, scores, kept[record<index>()]);
+      if constexpr (ScoreModifier<Term<index>>) term.modify(tile, scores, kept[modifier<index>()]);
     });
     each([&]<std::size_t index>(const auto& term) {
       if constexpr (ScoreBias<Term<index>>) term.add_to(tile, scores);
@@ -169,7 +168,7 @@ class TermChain {
                      simd::Tile<Accumulator> gradients, const SumsOfTerm& of_term) const {
     each_backwards([&]<std::size_t index>(const auto& term) {
       if constexpr (ScoreModifier<Term<index>>)
-        term.differentiate(tile, kept[record<index>()], gradients, of_term(index));
+        term.differentiate(tile, kept[modifier<index>()], gradients, of_term(index));
     });
   }
 
@@ -186,7 +185,8 @@ class TermChain {
   void drop(const Tile& tile, simd::Tile<Accumulator> weights,
             const TermRecords<Accumulator, records>& kept) const {
     each([&]<std::size_t index>(const auto&) {
-      if constexpr (WeightDropout<Term<index>>) multiply_rows(tile, kept[record<index>()], weights);
+      if constexpr (WeightDropout<Term<index>>)
+        multiply_rows(tile, kept[dropout<index>()], weights);
     });
   }
 
@@ -195,7 +195,7 @@ class TermChain {
   void record_dropout(const Tile& tile, const TermRecords<Accumulator, records>& kept) const {
     each([&]<std::size_t index>(const auto& term) {
       if constexpr (WeightDropout<Term<index>>) {
-        const simd::Tile<Accumulator> factors = kept[record<index>()];
+        const simd::Tile<Accumulator> factors = kept[dropout<index>()];
         for (Index i = 0; i < tile.queries; ++i) {
           term.factors({tile.head, tile.first_query + i, tile.first_key},
                        simd::padded<Accumulator>(tile.keys), factors.data + i * factors.row_stride);
@@ -226,13 +226,23 @@ class TermChain {
   template <std::size_t index>
   using Term = std::tuple_element_t<index, std::tuple<Bound...>>;
 
-  /// Which of the records is the term's.
+  template <std::size_t size>
+  static constexpr std::size_t count_before(const bool (&marks)[size], std::size_t index) {
+    std::size_t count = 0;
+    for (std::size_t i = 0; i < index; ++i) count += marks[i];
+    return count;
+  }
+
+  /// The number of a modifier's record.
   template <std::size_t index>
-  static constexpr std::size_t record() {
-    constexpr bool keeps[] = {keeps_record<Bound>...};
-    std::size_t before = 0;
-    for (std::size_t i = 0; i < index; ++i) before += keeps[i];
-    return before;
+  static constexpr std::size_t modifier() {
+    return count_before({ScoreModifier<Bound>...}, index);
+  }
+
+  /// The number of a dropout's record.
+  template <std::size_t index>
+  static constexpr std::size_t dropout() {
+    return modifiers + count_before({WeightDropout<Bound>...}, index);
   }
 
   template <class Dropout, class Accumulator>
