@@ -170,7 +170,7 @@ Result tiled_in(const Problem& p, const detail::Tiling* forward, const detail::T
   const detail::Shape& shape = operands.shape;
   const auto terms =
       detail::bind_terms(shape, require, surfattn::Causal{surfattn::Align::bottom_right});
-  const auto forward_tiling = forward ? *forward : detail::forward_tiling<S>(shape);
+  const auto forward_tiling = forward ? *forward : detail::forward_tiling<S>(shape, 1);
   const auto backward_tiling = backward ? *backward : detail::backward_tiling<S>(shape);
 
   Forward<S> f{detail::matrix<S>(shape.out_extent()),

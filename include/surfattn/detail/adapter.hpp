@@ -31,7 +31,8 @@ inline void check_workspace(const Require& require, const Workspace& workspace,
 template <class Scalar, class Use>
 auto with_forward_plan(const Shape& shape, const Executor* executor, const Use& use) {
   if (StreamPlan<Scalar>::fits(shape)) return use(StreamPlan<Scalar>(shape, executor));
-  return use(ForwardPlan<Scalar>(shape, forward_tiling<Scalar>(shape), executor));
+  return use(
+      ForwardPlan<Scalar>(shape, forward_tiling<Scalar>(shape, concurrency(executor)), executor));
 }
 
 template <class Scalar>

@@ -14,11 +14,11 @@
 
 namespace surfattn::detail {
 
-/// Memory for a product operand in two packed forms: rows for a left operand, panels for a right
+/// Memory for a product operand in two packed forms: columns for a left operand, panels for a right
 /// one.
 template <class Accumulator>
 struct PackedTile {
-  Accumulator* rows = nullptr;
+  Accumulator* columns = nullptr;
   Accumulator* panels = nullptr;
   Index* non_finite = nullptr;
 };
@@ -59,7 +59,7 @@ struct BackwardBuffers {
         score_stride(detail::score_stride<Accumulator>(tiling.key_tile)) {
     for (auto& tile : key_tiles)
       take_key_tile(arena, shape, tiling.key_tile, values_are_keys, tile);
-    take_query_tile(arena, tiling.query_tile);
+    take_query_tile(arena, shape, tiling.query_tile);
     weights = arena.take<Accumulator>(tiling.query_tile * score_stride);
     grad_scores = arena.take<Accumulator>(tiling.query_tile * score_stride);
   }
@@ -81,11 +81,13 @@ struct BackwardBuffers {
     tile.grad_key_bias = arena.take<Accumulator>(padded_keys);
   }
 
-  void take_query_tile(Arena& arena, Index rows) {
-    queries.rows = arena.take<Accumulator>(rows * key_stride);
+  void take_query_tile(Arena& arena, const Shape& shape, Index rows) {
+    queries.columns =
+        arena.take<Accumulator>(simd::packed_left_size<Accumulator>(rows, shape.head_dim));
     queries.panels = arena.take<Accumulator>(rows * key_stride);
     queries.non_finite = arena.take<Index>(rows);
-    grad_out.rows = arena.take<Accumulator>(rows * value_stride);
+    grad_out.columns =
+        arena.take<Accumulator>(simd::packed_left_size<Accumulator>(rows, shape.value_dim));
     grad_out.panels = arena.take<Accumulator>(rows * value_stride);
     grad_out.non_finite = arena.take<Index>(rows);
     log_sum_exp = arena.take<Accumulator>(rows);
@@ -225,10 +227,10 @@ class BackwardTask {
   void load_queries(const Tile& tile) {
     const auto queries = query_rows(tile);
     const auto grad_out = out_rows(upstream_.grad_out, tile);
-    pack_query_tile(operands_, queries, buffers_.queries.rows);
+    simd::pack_left(queries, log2_scale(operands_), buffers_.queries.columns);
     queries_of_tile_ = pack_row_operand(queries, operands_.scale, buffers_.queries.panels,
                                         buffers_.queries.non_finite);
-    simd::pack_rows(grad_out, Accumulator(1), buffers_.grad_out.rows);
+    simd::pack_left(grad_out, Accumulator(1), buffers_.grad_out.columns);
     grad_out_of_tile_ = pack_row_operand(grad_out, Accumulator(1), buffers_.grad_out.panels,
                                          buffers_.grad_out.non_finite);
     load_row_statistics(tile, grad_out, out_rows(upstream_.out, tile));
@@ -256,14 +258,16 @@ class BackwardTask {
     const Index offset = tile.first_key - first_key_of(key_tile);  // a whole number of panels
     const simd::Tile<Accumulator> weights{buffers_.weights, buffers_.score_stride};
     const simd::Tile<Accumulator> grad_scores{buffers_.grad_scores, buffers_.score_stride};
-    score_tile<Accumulator>(tile, shape_.head_dim, {buffers_.queries.rows, buffers_.key_stride, 1},
-                            keys.transposed_keys + offset * shape_.head_dim, keys.key_bias + offset,
-                            weights);
-    simd::set_product<Accumulator>(tile.queries, tile.keys, shape_.value_dim,
-                                   {buffers_.grad_out.rows, buffers_.value_stride, 1},
-                                   {keys.transposed_values + offset * shape_.value_dim,
-                                    shape_.value_dim * simd::panel_width<Accumulator>},
-                                   grad_scores);
+    score_tile<Accumulator>(
+        tile, shape_.head_dim,
+        simd::packed_left(buffers_.queries.columns, shape_.head_dim, 0, tile.queries),
+        keys.transposed_keys + offset * shape_.head_dim, keys.key_bias + offset, weights);
+    simd::set_product<Accumulator>(
+        tile.queries, tile.keys, shape_.value_dim,
+        simd::packed_left(buffers_.grad_out.columns, shape_.value_dim, 0, tile.queries),
+        {keys.transposed_values + offset * shape_.value_dim,
+         shape_.value_dim * simd::panel_width<Accumulator>},
+        grad_scores);
     differentiate_softmax(tile, weights, grad_scores);
     if (coverage == Coverage::partial) {
       // By selection, and last: a row whose score is NaN in sight of one key has NaN for every weight.
@@ -278,10 +282,9 @@ class BackwardTask {
                              simd::Tile<Accumulator> grad_scores) {
     const Index padded_keys = simd::padded<Accumulator>(tile.keys);
     for (Index i = 0; i < tile.queries; ++i) {
-      Accumulator* weight_row = weights.data + i * weights.row_stride;
-      simd::exp2_row(weight_row, padded_keys, buffers_.log_sum_exp[i]);
-      simd::softmax_gradient_row(weight_row, grad_scores.data + i * grad_scores.row_stride,
-                                 padded_keys, buffers_.delta[i]);
+      simd::softmax_gradient_row(weights.data + i * weights.row_stride,
+                                 grad_scores.data + i * grad_scores.row_stride, padded_keys,
+                                 buffers_.log_sum_exp[i], buffers_.delta[i]);
     }
   }
 

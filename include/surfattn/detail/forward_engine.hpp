@@ -16,8 +16,7 @@ namespace surfattn::detail {
 /// Buffers of one task; over an empty arena, their size.
 template <class Accumulator>
 struct ForwardBuffers {
-  Index block_rows;
-  Index query_stride;
+  Index member_rows;  ///< rows of one query head of the group, whole panels of a left operand
   Index score_stride;
   Accumulator* queries;
   SoftmaxRows<Accumulator> outs;
@@ -28,10 +27,11 @@ struct ForwardBuffers {
   Index* non_finite_values;
 
   ForwardBuffers(Arena& arena, const Shape& shape, const Tiling& tiling)
-      : block_rows(shape.group() * std::min(tiling.block, shape.queries)),
-        query_stride(simd::padded<Accumulator>(shape.head_dim)),
+      : member_rows(
+            simd::rounded_up(std::min(tiling.block, shape.queries), simd::left_width<Accumulator>)),
         score_stride(detail::score_stride<Accumulator>(tiling.key_tile)) {
-    queries = arena.take<Accumulator>(block_rows * query_stride);
+    const Index block_rows = shape.group() * member_rows;
+    queries = arena.take<Accumulator>(block_rows * shape.head_dim);
     outs = SoftmaxRows<Accumulator>(arena, block_rows, shape.value_dim);
     key_panels =
         arena.take<Accumulator>(simd::padded<Accumulator>(tiling.key_tile) * shape.head_dim);
@@ -72,12 +72,12 @@ class ForwardTask {
 
   void load_queries() {
     for (Index member = 0; member < shape_.group(); ++member) {
-      const Index row = member * queries_;
-      pack_query_tile(
-          operands_, operands_.query_head(first_head() + member).block_rows(first_query_, queries_),
-          buffers_.queries + row * buffers_.query_stride);
+      simd::pack_left(
+          operands_.query_head(first_head() + member).block_rows(first_query_, queries_),
+          log2_scale(operands_),
+          buffers_.queries + member * buffers_.member_rows * shape_.head_dim);
     }
-    buffers_.outs.reset(shape_.group() * queries_);
+    buffers_.outs.reset(shape_.group() * buffers_.member_rows);
   }
 
   /// All tiles of one run of keys. The keys are packed when the first tile that is not empty needs
@@ -94,7 +94,8 @@ class ForwardTask {
         if (coverage == Coverage::empty) continue;
         if (!packed) pack_keys(first_key, keys);
         packed = true;
-        visit_tile(tile, coverage, member * queries_ + query, tile.first_key - first_key);
+        visit_tile(tile, coverage, member * buffers_.member_rows + query,
+                   tile.first_key - first_key);
       }
     }
   }
@@ -111,10 +112,10 @@ class ForwardTask {
   /// ones, a whole number of panels.
   void visit_tile(const Tile& tile, Coverage coverage, Index row, Index offset) {
     const simd::Tile<Accumulator> scores{buffers_.scores, buffers_.score_stride};
-    score_tile<Accumulator>(
-        tile, shape_.head_dim,
-        {buffers_.queries + row * buffers_.query_stride, buffers_.query_stride, 1},
-        buffers_.key_panels + offset * shape_.head_dim, buffers_.key_bias + offset, scores);
+    score_tile<Accumulator>(tile, shape_.head_dim,
+                            simd::packed_left(buffers_.queries, shape_.head_dim, row, tile.queries),
+                            buffers_.key_panels + offset * shape_.head_dim,
+                            buffers_.key_bias + offset, scores);
     if (coverage == Coverage::partial) {
       terms_.hide(tile, scores.data, scores.row_stride, simd::minus_infinity<Accumulator>);
     }
@@ -126,8 +127,8 @@ class ForwardTask {
   void store(const ForwardOutputs<Scalar>& outputs) const {
     for (Index member = 0; member < shape_.group(); ++member) {
       for (Index i = 0; i < queries_; ++i) {
-        buffers_.outs.write(member * queries_ + i, operands_, outputs, first_head() + member,
-                            first_query_ + i);
+        buffers_.outs.write(member * buffers_.member_rows + i, operands_, outputs,
+                            first_head() + member, first_query_ + i);
       }
     }
   }
@@ -168,7 +169,10 @@ void forward(const Operands<Scalar>& operands, const Terms& terms, const Forward
   share_items(executor, plan.workers_within(workspace), [&](Index worker, const auto& take) {
     Arena arena = plan.arena_of(workspace, worker);
     ForwardBuffers<accumulator_t<Scalar>> buffers(arena, plan.shape, plan.tiling);
-    for (Index item = take(); item < plan.items; item = take()) {
+    for (Index taken = take(); taken < plan.items; taken = take()) {
+      // The last queries see the most keys under a causal mask: they go first, so that no worker is
+      // left with a long task at the end.
+      const Index item = plan.items - 1 - taken;
       ForwardTask<Scalar, Terms>(operands, terms, plan.tiling, buffers, item / blocks_per_head,
                                  item % blocks_per_head * plan.tiling.block)
           .run(outputs);

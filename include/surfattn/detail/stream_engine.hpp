@@ -88,7 +88,7 @@ class StreamTask {
       : operands_(operands), shape_(operands.shape), terms_(terms), buffers_(buffers) {
     for (Index head = 0; head < shape_.query_heads; ++head) {
       const Index row = head * shape_.queries;
-      pack_query_tile(operands_, operands_.query_head(head),
+      simd::pack_rows(operands_.query_head(head), log2_scale(operands_),
                       buffers_.queries + row * buffers_.query_stride);
     }
   }
@@ -114,7 +114,7 @@ class StreamTask {
     const auto key_rows = operands_.key_head(head).block_rows(first_key, keys);
     fill_key_bias(operands_, head, first_key, key_rows, buffers_.key_bias);
     simd::set_dot_products<Accumulator>(
-        rows, {buffers_.queries + row * buffers_.query_stride, buffers_.query_stride, 1}, key_rows,
+        rows, {buffers_.queries + row * buffers_.query_stride, buffers_.query_stride}, key_rows,
         scores(0), buffers_.key_bias);
     for (Index member = 0; coverage == Coverage::partial && member < shape_.group(); ++member) {
       terms_.hide(tile_of(member), scores(member).data, buffers_.score_stride,
