@@ -18,7 +18,8 @@ Operands<scalar_t<Queries>> attention_operands(const Queries& queries, const Key
                                                const Require& require) {
   using Scalar = scalar_t<Queries>;
   Operands<Scalar> operands;
-  operands.shape = require.shapes(extent(queries), extent(keys), extent(values), options.heads);
+  operands.shape = require.shapes(extent(queries), extent(keys), extent(values), options.heads,
+                                  options.sequences);
   require.finite("scale", options.scale);
   operands.queries = view(queries);
   operands.keys = view(keys);
@@ -33,15 +34,15 @@ Operands<scalar_t<Queries>> attention_operands(const Queries& queries, const Key
 /// Bytes of workspace with which `attention_into` and `attention_forward_into` (Pass::forward) or
 /// `attention_backward_into` (Pass::backward) use every worker of the executor for these arguments;
 /// with less, down to what one worker needs, they use fewer. It depends on widths, heads and
-/// executor and hardly on the number of queries and keys, beyond one block of them: for sequences
-/// of several lengths, take the largest. Errors: shapes that do not fit together.
+/// executor and hardly on the number of queries and keys, beyond one block of them: for calls of
+/// several lengths, take the largest. Errors: shapes that do not fit together.
 template <class Queries, class Keys, class Values>
 std::size_t workspace_size(Pass pass, const Queries& queries, const Keys& keys,
                            const Values& values,
                            const Options& options = {}) requires(detail::DenseMatrix<Values>) {
   const auto shape = detail::Require("workspace_size")
                          .shapes(detail::extent(queries), detail::extent(keys),
-                                 detail::extent(values), options.heads);
+                                 detail::extent(values), options.heads, options.sequences);
   return detail::workspace_size<detail::scalar_t<Queries>>(pass, shape, false, options.executor);
 }
 
@@ -124,6 +125,10 @@ void attention_backward_into(const Queries& queries, const Keys& keys, const Val
 /// sees no key gets 0, and so does one all of whose scores are −∞. A NaN or an infinity reaches the
 /// outputs that see it and no other.
 ///
+/// A batch is one call: with options.sequences the rows are several sequences, each of which attends
+/// to itself alone and gives the same bits as a call of its own. Terms count queries and keys within
+/// the sequence. Nothing is allocated for a sequence.
+///
 /// Allocates the result and a workspace of O(max(1024, 64·Hq/Hkv)·(d + dv)) numbers for each worker
 /// of the executor, never Tq × Tk. Time O(Hq·Tq·Tk·(d + dv)), less the tiles that the terms leave
 /// empty. A mistake in a shape is reported before anything is computed, through the error handler:
@@ -135,7 +140,7 @@ auto attention(const Queries& queries, const Keys& keys, const Values& values,
   detail::check_inputs_at_compile_time<Queries, Keys, Values>();
   const auto shape = detail::Require("attention")
                          .shapes(detail::extent(queries), detail::extent(keys),
-                                 detail::extent(values), options.heads);
+                                 detail::extent(values), options.heads, options.sequences);
   auto out = detail::matrix<Scalar>(shape.out_extent());
   attention_into(
       queries, keys, values, out,
@@ -153,7 +158,7 @@ auto attention_forward(const Queries& queries, const Keys& keys, const Values& v
   detail::check_inputs_at_compile_time<Queries, Keys, Values>();
   const auto shape = detail::Require("attention_forward")
                          .shapes(detail::extent(queries), detail::extent(keys),
-                                 detail::extent(values), options.heads);
+                                 detail::extent(values), options.heads, options.sequences);
   Forward<Scalar> forward{detail::matrix<Scalar>(shape.out_extent()),
                           detail::matrix<Scalar>(shape.log_sum_exp_extent())};
   attention_forward_into(
@@ -181,7 +186,7 @@ auto attention_backward(const Queries& queries, const Keys& keys, const Values& 
   detail::check_inputs_at_compile_time<Queries, Keys, Values, Matrix<Scalar>, GradOut>();
   const auto shape = detail::Require("attention_backward")
                          .shapes(detail::extent(queries), detail::extent(keys),
-                                 detail::extent(values), options.heads);
+                                 detail::extent(values), options.heads, options.sequences);
   AttentionGradients<Scalar> gradients{detail::matrix<Scalar>(shape.queries_extent()),
                                        detail::matrix<Scalar>(shape.keys_extent()),
                                        detail::matrix<Scalar>(shape.values_extent())};

@@ -29,7 +29,8 @@ Operands<scalar_t<Queries>> surface_operands(const Queries& queries, const Keys&
                                              const Require& require) {
   using Scalar = scalar_t<Queries>;
   Operands<Scalar> operands;
-  operands.shape = require.shapes(extent(queries), extent(keys), extent(keys), options.heads);
+  operands.shape =
+      require.shapes(extent(queries), extent(keys), extent(keys), options.heads, options.sequences);
   if (options.scale && options.bandwidth)
     require.fail("give scale or bandwidth, not both: scale = 1/bandwidth²");
   require.positive("scale", options.scale);
@@ -92,8 +93,12 @@ Scalar bandwidth_gradient(const Operands<Scalar>& operands, MatrixView<const Sca
                           MatrixView<const Scalar> grad_key_bias) {
   using Accumulator = accumulator_t<Scalar>;
   Accumulator grad_scale(0);
-  for (Index head = 0; head < operands.shape.key_value_heads; ++head) {
-    grad_scale += scale_gradient(operands, head, grad_queries, grad_key_bias);
+  for (Index s = 0; s < operands.shape.sequences.count(); ++s) {
+    const auto one = operands.of_sequence(s);
+    for (Index head = 0; head < one.shape.key_value_heads; ++head) {
+      grad_scale += scale_gradient(one, head, query_rows(grad_queries, one.shape),
+                                   key_rows(grad_key_bias, one.shape));
+    }
   }
   return static_cast<Scalar>(-2 * operands.scale * std::sqrt(operands.scale) * grad_scale);
 }
@@ -107,7 +112,7 @@ std::size_t workspace_size(Pass pass, const Queries& queries, const Keys& keys,
                            const SurfaceOptions& options = {}) {
   const auto shape = detail::Require("workspace_size")
                          .shapes(detail::extent(queries), detail::extent(keys),
-                                 detail::extent(keys), options.heads);
+                                 detail::extent(keys), options.heads, options.sequences);
   return detail::workspace_size<detail::scalar_t<Queries>>(pass, shape, true, options.executor);
 }
 
@@ -204,8 +209,9 @@ auto project(const Queries& queries, const Keys& keys, const SurfaceOptions& opt
              const Terms&... terms) {
   using Scalar = detail::scalar_t<Queries>;
   detail::check_inputs_at_compile_time<Queries, Keys>();
-  const auto shape = detail::Require("project").shapes(
-      detail::extent(queries), detail::extent(keys), detail::extent(keys), options.heads);
+  const auto shape =
+      detail::Require("project").shapes(detail::extent(queries), detail::extent(keys),
+                                        detail::extent(keys), options.heads, options.sequences);
   auto out = detail::matrix<Scalar>(shape.out_extent());
   project_into(
       queries, keys, out,
@@ -226,7 +232,7 @@ auto project_forward(const Queries& queries, const Keys& keys, const SurfaceOpti
   detail::check_inputs_at_compile_time<Queries, Keys>();
   const auto shape = detail::Require("project_forward")
                          .shapes(detail::extent(queries), detail::extent(keys),
-                                 detail::extent(keys), options.heads);
+                                 detail::extent(keys), options.heads, options.sequences);
   Forward<Scalar> forward{detail::matrix<Scalar>(shape.out_extent()),
                           detail::matrix<Scalar>(shape.log_sum_exp_extent())};
   project_forward_into(
@@ -255,7 +261,7 @@ auto project_backward(const Queries& queries, const Keys& keys, const Forward<Sc
   detail::check_inputs_at_compile_time<Queries, Keys, Matrix<Scalar>, GradOut>();
   const auto shape = detail::Require("project_backward")
                          .shapes(detail::extent(queries), detail::extent(keys),
-                                 detail::extent(keys), options.heads);
+                                 detail::extent(keys), options.heads, options.sequences);
   SurfaceGradients<Scalar> gradients{detail::matrix<Scalar>(shape.queries_extent()),
                                      detail::matrix<Scalar>(shape.keys_extent()), Scalar(0),
                                      detail::matrix<Scalar>({shape.keys, shape.key_value_heads})};

@@ -4,12 +4,9 @@
 
 #include <algorithm>
 #include <atomic>
-#include <memory>
 #include <surfattn/detail/operands.hpp>
 #include <surfattn/detail/score_tile.hpp>
 #include <surfattn/detail/tiling.hpp>
-#include <surfattn/detail/work_plan.hpp>
-#include <surfattn/executor.hpp>
 #include <surfattn/workspace.hpp>
 
 namespace surfattn::detail {
@@ -381,47 +378,50 @@ void set_zero(MatrixView<Scalar> view) {
   }
 }
 
-/// How a backward pass is shared out: one item for each block of keys of each key/value head, and a
-/// counter of turns for each item.
+/// How the backward pass of a sequence is shared out: one item for each block of keys of each
+/// key/value head, and a counter of turns for each item.
 template <class Scalar>
-struct BackwardPlan : WorkPlan {
+struct BackwardPlan {
   Shape shape;
-  Tiling tiling;
   bool values_are_keys;
+  Tiling tiling;
+  Index items;
 
-  BackwardPlan(const Shape& problem, const Tiling& cut, bool shared, const Executor* executor)
-      : shape(problem), tiling(cut), values_are_keys(shared) {
-    items = shape.key_value_heads * blocks(shape.keys, tiling.block);
-    workers = detail::workers(executor, items);
-    Arena counter, turns;
-    BackwardBuffers<accumulator_t<Scalar>>(counter, shape, tiling, values_are_keys);
+  BackwardPlan(const Shape& sequence, const Tiling& cut, bool shared)
+      : shape(sequence),
+        values_are_keys(shared),
+        tiling(cut),
+        items(shape.key_value_heads * blocks(shape.keys, tiling.block)) {}
+
+  std::size_t shared_bytes() const {
+    Arena turns;
     turns.take<Turn>(items);
-    bytes_per_worker = counter.used();
-    shared_bytes = turns.used();
+    return turns.used();
+  }
+  std::size_t bytes_per_worker() const {
+    Arena counter;
+    BackwardBuffers<accumulator_t<Scalar>>(counter, shape, tiling, values_are_keys);
+    return counter.used();
   }
 };
 
-/// All gradients of one problem, every output written.
-template <class Scalar, class Terms>
+/// All gradients but for `gradients.queries`, to which its part is added: the items of one sequence
+/// that fall to one worker. `shared` holds the turns, all 0 at first.
+template <class Scalar, class Terms, class Items>
 void backward(const Operands<Scalar>& operands, const Terms& terms,
               const BackwardPlan<Scalar>& plan, const Upstream<Scalar>& upstream,
-              const GradientOutputs<Scalar>& gradients, const Workspace& workspace,
-              Executor* executor) {
-  Turn* turns = Arena(workspace).take<Turn>(plan.items);
-  std::uninitialized_value_construct_n(turns, plan.items);
-  set_zero(gradients.queries);
+              const GradientOutputs<Scalar>& gradients, Arena shared, Arena own,
+              const Items& items) {
+  Turn* turns = shared.take<Turn>(plan.items);
   const Index blocks_per_head = blocks(plan.shape.keys, plan.tiling.block);
-  share_items(executor, plan.workers_within(workspace), [&](Index worker, const auto& take) {
-    Arena arena = plan.arena_of(workspace, worker);
-    BackwardBuffers<accumulator_t<Scalar>> buffers(arena, plan.shape, plan.tiling,
-                                                   plan.values_are_keys);
-    for (Index item = take(); item < plan.items; item = take()) {
-      const Index block = item % blocks_per_head;
-      BackwardTask<Scalar, Terms>(operands, terms, plan.tiling, upstream, gradients, buffers,
-                                  item / blocks_per_head, block * plan.tiling.block,
-                                  {turns + item, block > 0 ? turns + item - 1 : nullptr})
-          .run();
-    }
+  BackwardBuffers<accumulator_t<Scalar>> buffers(own, plan.shape, plan.tiling,
+                                                 plan.values_are_keys);
+  items([&](Index item) {
+    const Index block = item % blocks_per_head;
+    BackwardTask<Scalar, Terms>(operands, terms, plan.tiling, upstream, gradients, buffers,
+                                item / blocks_per_head, block * plan.tiling.block,
+                                {turns + item, block > 0 ? turns + item - 1 : nullptr})
+        .run();
   });
 }
 

@@ -7,8 +7,6 @@
 #include <surfattn/detail/score_tile.hpp>
 #include <surfattn/detail/softmax_rows.hpp>
 #include <surfattn/detail/tiling.hpp>
-#include <surfattn/detail/work_plan.hpp>
-#include <surfattn/executor.hpp>
 #include <surfattn/workspace.hpp>
 
 namespace surfattn::detail {
@@ -144,40 +142,46 @@ class ForwardTask {
   RowOperand<Scalar> values_{};  ///< of the run of keys at hand
 };
 
-/// How a forward pass is shared out: one item for each block of queries of each key/value head.
+/// How the forward pass of a sequence is shared out: one item for each block of queries of each
+/// key/value head.
 template <class Scalar>
-struct ForwardPlan : WorkPlan {
+struct ForwardPlan {
   Shape shape;
   Tiling tiling;
+  Index items;
 
-  ForwardPlan(const Shape& problem, const Tiling& cut, const Executor* executor)
-      : shape(problem), tiling(cut) {
-    items = shape.key_value_heads * blocks(shape.queries, tiling.block);
-    workers = detail::workers(executor, items);
+  ForwardPlan(const Shape& sequence, const Tiling& cut)
+      : shape(sequence),
+        tiling(cut),
+        items(shape.key_value_heads * blocks(shape.queries, tiling.block)) {}
+
+  std::size_t shared_bytes() const { return 0; }
+  std::size_t bytes_per_worker() const {
     Arena counter;
     ForwardBuffers<accumulator_t<Scalar>>(counter, shape, tiling);
-    bytes_per_worker = counter.used();
+    return counter.used();
   }
 };
 
-/// O = W·V and log_sum_exp of many queries, every output written once.
-template <class Scalar, class Terms>
+/// O = W·V and log_sum_exp of many queries, every output written once: the items of one sequence
+/// that fall to one worker.
+template <class Scalar, class Terms, class Items>
 void forward(const Operands<Scalar>& operands, const Terms& terms, const ForwardPlan<Scalar>& plan,
-             const ForwardOutputs<Scalar>& outputs, const Workspace& workspace,
-             Executor* executor) {
+             const ForwardOutputs<Scalar>& outputs, Arena, Arena own, const Items& items) {
   const Index blocks_per_head = blocks(plan.shape.queries, plan.tiling.block);
-  share_items(executor, plan.workers_within(workspace), [&](Index worker, const auto& take) {
-    Arena arena = plan.arena_of(workspace, worker);
-    ForwardBuffers<accumulator_t<Scalar>> buffers(arena, plan.shape, plan.tiling);
-    for (Index taken = take(); taken < plan.items; taken = take()) {
-      // The last queries see the most keys under a causal mask: they go first, so that no worker is
-      // left with a long task at the end.
-      const Index item = plan.items - 1 - taken;
-      ForwardTask<Scalar, Terms>(operands, terms, plan.tiling, buffers, item / blocks_per_head,
-                                 item % blocks_per_head * plan.tiling.block)
-          .run(outputs);
-    }
+  ForwardBuffers<accumulator_t<Scalar>> buffers(own, plan.shape, plan.tiling);
+  items([&](Index taken) {
+    // The last queries see the most keys under a causal mask: they go first, so that no worker is
+    // left with a long task at the end.
+    const Index item = plan.items - 1 - taken;
+    ForwardTask<Scalar, Terms>(operands, terms, plan.tiling, buffers, item / blocks_per_head,
+                               item % blocks_per_head * plan.tiling.block)
+        .run(outputs);
   });
 }
+
+template <class Scalar>
+void finish_forward(const Operands<Scalar>&, const ForwardPlan<Scalar>&,
+                    const ForwardOutputs<Scalar>&, Arena) {}
 
 }  // namespace surfattn::detail

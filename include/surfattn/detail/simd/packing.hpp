@@ -106,7 +106,8 @@ constexpr Index packed_left_size(Index rows, Index cols) {
 /// `rows` rows, from `row` on, of what `pack_left` has packed: from the first of a panel on, or all in
 /// one panel.
 template <class Scalar>
-ColumnsOperand<Scalar> packed_left(const Scalar* packed, Index cols, Index row, Index rows) {
+ColumnsOperand<Scalar> packed_left(const Scalar* packed, Index cols, Index row,
+                                   [[maybe_unused]] Index rows) {
   constexpr Index width = left_width<Scalar>;
   eigen_assert(row % width == 0 || row % width + rows <= width);
   const ColumnsOperand<Scalar> all{packed, width, width * cols};
