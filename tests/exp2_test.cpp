@@ -20,7 +20,7 @@ std::vector<Scalar> vector_exp2(std::vector<Scalar> x) {
   alignas(64) Scalar buffer[64];
   for (std::size_t i = 0; i < x.size(); i += lanes) {
     simd::Packet<Scalar> packets[] = {simd::load_unaligned(&x[i])};
-    simd::exp2<Scalar>(packets);
+    simd::exp2<Scalar>(packets, simd::Exp2Origin<Scalar>(Scalar(0)));
     simd::store(buffer, packets[0]);
     std::copy(buffer, buffer + lanes, &x[i]);
   }

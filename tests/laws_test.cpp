@@ -168,15 +168,20 @@ Result tiled_in(const Problem& p, const detail::Tiling* forward, const detail::T
       surface ? detail::surface_operands(n.queries, n.keys, n.surface, require)
               : detail::attention_operands(n.queries, n.keys, n.values, n.standard, require);
   const detail::Shape& shape = operands.shape;
-  const auto terms =
-      detail::bind_terms(shape, require, surfattn::Causal{surfattn::Align::bottom_right});
-  const auto forward_tiling = forward ? *forward : detail::forward_tiling<S>(shape);
+  const auto bind = [&](const detail::Shape& sequence) {
+    return detail::bind_terms(sequence, require, surfattn::Causal{surfattn::Align::bottom_right});
+  };
+  const auto forward_tiling = forward ? *forward : detail::forward_tiling<S>(shape, 1);
   const auto backward_tiling = backward ? *backward : detail::backward_tiling<S>(shape);
 
   Forward<S> f{detail::matrix<S>(shape.out_extent()),
                detail::matrix<S>(shape.log_sum_exp_extent())};
-  const detail::ForwardPlan<S> forward_plan(shape, forward_tiling, nullptr);
-  detail::forward(operands, terms, forward_plan, {detail::view(f.out), detail::view(f.log_sum_exp)},
+  const auto plan_forward = [&](const detail::Shape& sequence, const auto& use) {
+    use(detail::ForwardPlan<S>(sequence, forward_tiling));
+  };
+  const auto forward_plan = detail::work_plan(shape, plan_forward, nullptr);
+  detail::forward(operands, bind, plan_forward, forward_plan,
+                  {detail::view(f.out), detail::view(f.log_sum_exp)},
                   Workspace(forward_plan.workspace_size()), nullptr);
   Matrix<S> grad_queries(n.queries.rows(), n.queries.cols()),
       grad_keys = n.keys, grad_values = n.values, grad_log_prior(shape.keys, shape.key_value_heads);
@@ -184,9 +189,12 @@ Result tiled_in(const Problem& p, const detail::Tiling* forward, const detail::T
       detail::view(grad_queries), detail::view(grad_keys), {}, detail::view(grad_log_prior)};
   if (!surface) gradients.values = detail::view(grad_values);
   const Forward<S>& read = f;
-  const detail::BackwardPlan<S> backward_plan(shape, backward_tiling, surface, nullptr);
+  const auto plan_backward = [&](const detail::Shape& sequence, const auto& use) {
+    use(detail::BackwardPlan<S>(sequence, backward_tiling, surface));
+  };
+  const auto backward_plan = detail::work_plan(shape, plan_backward, nullptr);
   detail::backward(
-      operands, terms, backward_plan,
+      operands, bind, plan_backward, backward_plan,
       {detail::view(read.out), detail::view(read.log_sum_exp), detail::view(n.grad_out)}, gradients,
       Workspace(backward_plan.workspace_size()), nullptr);
   return {wide(f.out),     wide(f.log_sum_exp), wide(grad_queries),

@@ -18,7 +18,8 @@ Operands<scalar_t<Queries>> attention_operands(const Queries& queries, const Key
                                                const Require& require) {
   using Scalar = scalar_t<Queries>;
   Operands<Scalar> operands;
-  operands.shape = require.shapes(extent(queries), extent(keys), extent(values), options.heads);
+  operands.shape = require.shapes(extent(queries), extent(keys), extent(values), options.heads,
+                                  options.sequences);
   require.finite("scale", options.scale);
   operands.queries = view(queries);
   operands.keys = view(keys);
@@ -33,8 +34,8 @@ Operands<scalar_t<Queries>> attention_operands(const Queries& queries, const Key
 /// Bytes of workspace with which `attention_into` and `attention_forward_into` (Pass::forward) or
 /// `attention_backward_into` (Pass::backward) use every worker of the executor for these arguments;
 /// with less, down to what one worker needs, they use fewer. It depends on widths, heads and
-/// executor and hardly on the number of queries and keys, beyond one block of them: for sequences
-/// of several lengths, take the largest. Errors: shapes that do not fit together.
+/// executor and hardly on the number of queries and keys, beyond one block of them: for calls of
+/// several lengths, take the largest. Errors: shapes that do not fit together.
 ///
 /// Masks need no workspace and may be left out. Any other term must be listed as the backward pass
 /// gets it, with where its gradient goes.
@@ -44,7 +45,7 @@ std::size_t workspace_size(Pass pass, const Queries& queries, const Keys& keys,
                            const Terms&... terms) requires(detail::DenseMatrix<Values>) {
   constexpr detail::Require require("workspace_size");
   const auto shape = require.shapes(detail::extent(queries), detail::extent(keys),
-                                    detail::extent(values), options.heads);
+                                    detail::extent(values), options.heads, options.sequences);
   return detail::workspace_size<detail::scalar_t<Queries>>(pass, shape, false, options.executor,
                                                            require, terms...);
 }
@@ -114,7 +115,7 @@ void attention_backward_into(const Queries& queries, const Keys& keys, const Val
   const detail::GradientOutputs<Scalar> gradients{
       detail::view(grad_queries), detail::view(grad_keys), detail::view(grad_values), {}};
   detail::run_backward(detail::attention_operands(q, k, v, options, require), upstream, gradients,
-                       workspace, options.executor, require, terms...);
+                       workspace, options.executor, require, detail::DoNothing{}, terms...);
 }
 
 /// Scaled dot-product attention (Vaswani et al. 2017, arXiv:1706.03762): for each query head,
@@ -129,6 +130,10 @@ void attention_backward_into(const Queries& queries, const Keys& keys, const Val
 /// sees no key gets 0, and so does one all of whose scores are −∞. A NaN or an infinity reaches the
 /// outputs that see it and no other.
 ///
+/// A batch is one call: with options.sequences the rows are several sequences, each of which attends
+/// to itself alone and gives the same bits as a call of its own. Terms count queries and keys within
+/// the sequence. Nothing is allocated for a sequence.
+///
 /// Allocates the result and a workspace of O(max(1024, 64·Hq/Hkv)·(d + dv)) numbers for each worker
 /// of the executor, never Tq × Tk. Time O(Hq·Tq·Tk·(d + dv)), less the tiles that the terms leave
 /// empty. A mistake in a shape is reported before anything is computed, through the error handler:
@@ -140,7 +145,7 @@ auto attention(const Queries& queries, const Keys& keys, const Values& values,
   detail::check_inputs_at_compile_time<Queries, Keys, Values>();
   const auto shape = detail::Require("attention")
                          .shapes(detail::extent(queries), detail::extent(keys),
-                                 detail::extent(values), options.heads);
+                                 detail::extent(values), options.heads, options.sequences);
   auto out = detail::matrix<Scalar>(shape.out_extent());
   attention_into(queries, keys, values, out,
                  Workspace(detail::forward_workspace_size<Scalar>(shape, options.executor)),
@@ -157,7 +162,7 @@ auto attention_forward(const Queries& queries, const Keys& keys, const Values& v
   detail::check_inputs_at_compile_time<Queries, Keys, Values>();
   const auto shape = detail::Require("attention_forward")
                          .shapes(detail::extent(queries), detail::extent(keys),
-                                 detail::extent(values), options.heads);
+                                 detail::extent(values), options.heads, options.sequences);
   Forward<Scalar> forward{detail::matrix<Scalar>(shape.out_extent()),
                           detail::matrix<Scalar>(shape.log_sum_exp_extent())};
   attention_forward_into(queries, keys, values, forward.out, forward.log_sum_exp,
@@ -188,7 +193,7 @@ auto attention_backward(const Queries& queries, const Keys& keys, const Values& 
   detail::check_inputs_at_compile_time<Queries, Keys, Values, Matrix<Scalar>, GradOut>();
   constexpr detail::Require require("attention_backward");
   const auto shape = require.shapes(detail::extent(queries), detail::extent(keys),
-                                    detail::extent(values), options.heads);
+                                    detail::extent(values), options.heads, options.sequences);
   const auto run = [&](AttentionGradients<Scalar>& gradients, const auto&... directed) {
     const Workspace workspace(detail::workspace_size<Scalar>(
         Pass::backward, shape, false, options.executor, require, directed...));

@@ -19,6 +19,10 @@
 /// keep their accumulators in registers only if they are inlined whole.
 #define SURFATTN_ALWAYS_INLINE EIGEN_ALWAYS_INLINE
 
+/// Marks the functions around those loops: inlined among other code, the loops would have to share
+/// registers with it.
+#define SURFATTN_NEVER_INLINE EIGEN_DONT_INLINE
+
 /// Before a loop of constant length: unroll it whole at every optimisation level, so that the
 /// arrays it indexes live in registers.
 #if defined(__clang__)

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <surfattn/types.hpp>
 #include <type_traits>
@@ -51,11 +52,14 @@ class Executor {
 
 namespace detail {
 
+/// How many tasks can run at the same time, 1 without an executor.
+inline Index concurrency(const Executor* executor) {
+  return executor ? std::max<Index>(1, executor->concurrency()) : 1;
+}
+
 /// How many workers share `items` items.
 inline Index workers(const Executor* executor, Index items) {
-  if (!executor || items <= 1) return 1;
-  const Index most = executor->concurrency();
-  return most < 1 ? 1 : most < items ? most : items;
+  return std::clamp<Index>(items, 1, concurrency(executor));
 }
 
 /// Calls work(w, take) once for each worker w. Workers take items in order, each the next one when

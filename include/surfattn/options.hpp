@@ -4,6 +4,7 @@
 
 #include <optional>
 #include <surfattn/detail/view.hpp>
+#include <surfattn/sequences.hpp>
 #include <surfattn/types.hpp>
 
 namespace surfattn {
@@ -16,6 +17,7 @@ struct Options {
   Heads heads = {};                  ///< how the columns divide into heads
   /// who runs the tasks of the call; the calling thread alone where there is none
   Executor* executor = nullptr;
+  Sequences sequences = {};  ///< how the rows divide into sequences; all are one by default
 };
 
 /// The prior π of each key on the surface: how much a query counts on it before any distance is
@@ -90,6 +92,7 @@ struct SurfaceOptions {
   Heads heads = {};                  ///< how the columns divide into heads
   /// who runs the tasks of the call; the calling thread alone where there is none
   Executor* executor = nullptr;
+  Sequences sequences = {};  ///< how the rows divide into sequences; all are one by default
   std::optional<double> bandwidth = {};  ///< σ, in the units of the keys
   KeyPrior prior = KeyPrior::uniform;    ///< log π_j
 };

@@ -29,7 +29,8 @@ Operands<scalar_t<Queries>> surface_operands(const Queries& queries, const Keys&
                                              const Require& require) {
   using Scalar = scalar_t<Queries>;
   Operands<Scalar> operands;
-  operands.shape = require.shapes(extent(queries), extent(keys), extent(keys), options.heads);
+  operands.shape =
+      require.shapes(extent(queries), extent(keys), extent(keys), options.heads, options.sequences);
   if (options.scale && options.bandwidth)
     require.fail("give scale or bandwidth, not both: scale = 1/bandwidth²");
   require.positive("scale", options.scale);
@@ -95,17 +96,17 @@ accumulator_t<Scalar> scale_gradient(const Operands<Scalar>& operands, Index hea
   return of_queries / operands.scale - of_norms / 2;
 }
 
-/// From σ = β^(−1/2): dσ = −2β^(3/2)·dβ.
+/// dβ of one sequence.
 template <class Scalar>
-Scalar bandwidth_gradient(const Operands<Scalar>& operands, MatrixView<const Scalar> grad_queries,
-                          MatrixView<const Scalar> grad_key_bias,
-                          const accumulator_t<Scalar>* row_sums) {
-  using Accumulator = accumulator_t<Scalar>;
-  Accumulator grad_scale(0);
+accumulator_t<Scalar> scale_gradient(const Operands<Scalar>& operands,
+                                     const GradientOutputs<Scalar>& gradients,
+                                     const accumulator_t<Scalar>* row_sums) {
+  accumulator_t<Scalar> grad_scale(0);
   for (Index head = 0; head < operands.shape.key_value_heads; ++head) {
-    grad_scale += scale_gradient(operands, head, grad_queries, grad_key_bias, row_sums);
+    grad_scale +=
+        scale_gradient<Scalar>(operands, head, gradients.queries, *gradients.key_bias, row_sums);
   }
-  return static_cast<Scalar>(-2 * operands.scale * std::sqrt(operands.scale) * grad_scale);
+  return grad_scale;
 }
 
 }  // namespace detail
@@ -117,7 +118,7 @@ std::size_t workspace_size(Pass pass, const Queries& queries, const Keys& keys,
                            const SurfaceOptions& options = {}, const Terms&... terms) {
   constexpr detail::Require require("workspace_size");
   const auto shape = require.shapes(detail::extent(queries), detail::extent(keys),
-                                    detail::extent(keys), options.heads);
+                                    detail::extent(keys), options.heads, options.sequences);
   return detail::workspace_size<detail::scalar_t<Queries>>(pass, shape, true, options.executor,
                                                            require, terms...);
 }
@@ -185,11 +186,17 @@ void project_backward_into(const Queries& queries, const Keys& keys, const Out& 
                 {shape.keys, shape.key_value_heads}, "keys × key/value heads");
   const detail::GradientOutputs<Scalar> gradients{
       detail::view(grad_queries), detail::view(grad_keys), {}, detail::view(grad_log_prior)};
-  const auto* row_sums =
-      detail::run_backward(operands, {detail::view(o), detail::view(l), detail::view(g)}, gradients,
-                           workspace, options.executor, require, terms...);
-  grad_bandwidth = detail::bandwidth_gradient<Scalar>(operands, gradients.queries,
-                                                      *gradients.key_bias, row_sums);
+  accumulator_t<Scalar> grad_scale(0);
+  detail::run_backward(
+      operands, {detail::view(o), detail::view(l), detail::view(g)}, gradients, workspace,
+      options.executor, require,
+      [&](const auto& sequence, const auto& of_sequence, const auto* row_sums) {
+        grad_scale += detail::scale_gradient<Scalar>(sequence, of_sequence, row_sums);
+      },
+      terms...);
+  // σ = β^(−1/2)
+  grad_bandwidth =
+      static_cast<Scalar>(-2 * operands.scale * std::sqrt(operands.scale) * grad_scale);
 }
 
 /// Projection of each query onto the surface that the keys sample: for each query head,
@@ -216,8 +223,9 @@ auto project(const Queries& queries, const Keys& keys, const SurfaceOptions& opt
              const Terms&... terms) {
   using Scalar = detail::scalar_t<Queries>;
   detail::check_inputs_at_compile_time<Queries, Keys>();
-  const auto shape = detail::Require("project").shapes(
-      detail::extent(queries), detail::extent(keys), detail::extent(keys), options.heads);
+  const auto shape =
+      detail::Require("project").shapes(detail::extent(queries), detail::extent(keys),
+                                        detail::extent(keys), options.heads, options.sequences);
   auto out = detail::matrix<Scalar>(shape.out_extent());
   project_into(queries, keys, out,
                Workspace(detail::forward_workspace_size<Scalar>(shape, options.executor)), options,
@@ -237,7 +245,7 @@ auto project_forward(const Queries& queries, const Keys& keys, const SurfaceOpti
   detail::check_inputs_at_compile_time<Queries, Keys>();
   const auto shape = detail::Require("project_forward")
                          .shapes(detail::extent(queries), detail::extent(keys),
-                                 detail::extent(keys), options.heads);
+                                 detail::extent(keys), options.heads, options.sequences);
   Forward<Scalar> forward{detail::matrix<Scalar>(shape.out_extent()),
                           detail::matrix<Scalar>(shape.log_sum_exp_extent())};
   project_forward_into(queries, keys, forward.out, forward.log_sum_exp,
@@ -266,7 +274,7 @@ auto project_backward(const Queries& queries, const Keys& keys, const Forward<Sc
   detail::check_inputs_at_compile_time<Queries, Keys, Matrix<Scalar>, GradOut>();
   constexpr detail::Require require("project_backward");
   const auto shape = require.shapes(detail::extent(queries), detail::extent(keys),
-                                    detail::extent(keys), options.heads);
+                                    detail::extent(keys), options.heads, options.sequences);
   const auto run = [&](SurfaceGradients<Scalar>& gradients, const auto&... directed) {
     const Workspace workspace(detail::workspace_size<Scalar>(
         Pass::backward, shape, true, options.executor, require, directed...));

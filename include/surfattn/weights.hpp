@@ -66,7 +66,7 @@ inline void require_bias(const Require& require, const char* name, Index size, I
 template <class Scalar>
 Shape layer_shape(const StandardWeights<Scalar>& weights, const Require& require) {
   const Shape shape = require.shapes({0, weights.query.cols()}, {0, weights.key.cols()},
-                                     {0, weights.value.cols()}, weights.heads);
+                                     {0, weights.value.cols()}, weights.heads, {});
   require.shape("weights.value", extent(weights.value), {weights.key.rows(), weights.value.cols()},
                 "as many rows as weights.key, the width of y");
   require.shape("weights.output", extent(weights.output),

@@ -97,9 +97,9 @@ class AnyBound {
   }
 
   template <class A>
-  void set_gradient(Index head, A gradient) const {
+  void add_gradient(Index head, A gradient) const {
     visit([&]<class T>(const T& term) {
-      if constexpr (detail::SoftmaxSink<T>) term.set_gradient(head, gradient);
+      if constexpr (detail::SoftmaxSink<T>) term.add_gradient(head, gradient);
     });
   }
 
@@ -145,9 +145,10 @@ class AnyBound {
       return false;
     });
   }
-  void begin_gradient() const {
-    visit([]<class T>(const T& term) {
-      if constexpr (detail::DirectTrainable<T>) term.begin_gradient();
+  bool adds_across_sequences() const {
+    return visit([]<class T>(const T& term) {
+      if constexpr (detail::DirectTrainable<T>) return term.adds_across_sequences();
+      return false;
     });
   }
   template <class A>
@@ -181,6 +182,10 @@ struct AnyTerm {
   AnyBound<Scalar> bind(const detail::Shape& shape, const detail::Require& require) const {
     return std::visit([&](const auto& t) { return AnyBound<Scalar>(t.bind(shape, require)); },
                       term);
+  }
+
+  void clear_gradient() const {
+    std::visit([](const auto& t) { detail::clear_gradient(t); }, term);
   }
 
   /// The same, told where its gradient goes if it has one.

@@ -6,12 +6,11 @@
 #include <cmath>
 #include <optional>
 #include <string>
-#include <surfattn/detail/backward_engine.hpp>
-#include <surfattn/detail/forward_engine.hpp>
-#include <surfattn/detail/stream_engine.hpp>
+#include <surfattn/detail/batch.hpp>
 #include <surfattn/terms/parameter.hpp>
 #include <surfattn/workspace.hpp>
 #include <tuple>
+#include <utility>
 
 namespace surfattn::detail {
 
@@ -29,34 +28,30 @@ inline void check_workspace(const Require& require, const Workspace& workspace,
                std::to_string(needed) + " (see workspace_size)");
 }
 
-/// Calls `use` with the plan of the forward pass that suits the shape.
-template <class Scalar, class Use>
-auto with_forward_plan(const Shape& shape, const Executor* executor, const Use& use) {
-  if (StreamPlan<Scalar>::fits(shape)) return use(StreamPlan<Scalar>(shape, executor));
-  return use(ForwardPlan<Scalar>(shape, forward_tiling<Scalar>(shape), executor));
-}
-
-template <class Scalar, class Bound>
-BackwardPlan<Scalar> backward_plan(const Shape& shape, bool values_are_keys,
-                                   const Executor* executor, const Bound& terms) {
-  return {shape, backward_tiling<Scalar>(shape), values_are_keys, executor, terms};
+/// Binds terms to the sequences of a batch, once to check them and again by whoever computes one.
+template <class... Terms>
+auto term_binder(const Shape& batch, const Require& require, const Terms&... terms) {
+  auto bind = [&](const Shape& sequence) {
+    return bind_terms(sequence, require.about(sequence), terms...);
+  };
+  for (Index s = 0; s < batch.sequences.count(); ++s) bind(batch.of_sequence(s));
+  return bind;
 }
 
 /// Bytes of workspace; a forward pass needs none for its terms.
 template <class Scalar>
-std::size_t forward_workspace_size(const Shape& shape, const Executor* executor) {
-  return with_forward_plan<Scalar>(shape, executor,
-                                   [](const auto& plan) { return plan.workspace_size(); });
+std::size_t forward_workspace_size(const Shape& batch, const Executor* executor) {
+  return work_plan(batch, ForwardPlanner<Scalar>{concurrency(executor)}, executor).workspace_size();
 }
 
 template <class Scalar, class... Terms>
-std::size_t workspace_size(Pass pass, const Shape& shape, bool values_are_keys,
+std::size_t workspace_size(Pass pass, const Shape& batch, bool values_are_keys,
                            const Executor* executor, const Require& require,
                            const Terms&... terms) {
-  if (pass == Pass::forward) return forward_workspace_size<Scalar>(shape, executor);
-  return backward_plan<Scalar>(shape, values_are_keys, executor,
-                               bind_terms(shape, require, terms...))
-      .workspace_size();
+  if (pass == Pass::forward) return forward_workspace_size<Scalar>(batch, executor);
+  const auto bind = term_binder(batch, require, terms...);
+  const BackwardPlanner<Scalar, decltype(bind)> planner{values_are_keys, bind};
+  return work_plan(batch, planner, executor).workspace_size();
 }
 
 template <class Scalar>
@@ -130,29 +125,29 @@ void run_forward(const Operands<Scalar>& operands, const ForwardOutputs<Scalar>&
                  const Workspace& workspace, Executor* executor, const Require& require,
                  const Terms&... terms) {
   const Shape& shape = operands.shape;
-  const auto bound = bind_terms(shape, require, terms...);
+  const auto bind = term_binder(shape, require, terms...);
   require.shape("out", extent(outputs.out), shape.out_extent(),
                 "queries × query heads · value width");
   if (outputs.log_sum_exp) {
     require.shape("log_sum_exp", extent(*outputs.log_sum_exp), shape.log_sum_exp_extent(),
                   "queries × query heads");
   }
-  with_forward_plan<Scalar>(shape, executor, [&](const auto& plan) {
-    check_workspace(require, workspace, plan.least_workspace_size());
-    forward(operands, bound, plan, outputs, workspace, executor);
-  });
+  const ForwardPlanner<Scalar> planner{concurrency(executor)};
+  const WorkPlan plan = work_plan(shape, planner, executor);
+  check_workspace(require, workspace, plan.least_workspace_size());
+  forward(operands, bind, planner, plan, outputs, workspace, executor);
 }
 
-/// The same for the backward pass; returns what `backward` returns.
-template <class Scalar, class... Terms>
-const accumulator_t<Scalar>* run_backward(const Operands<Scalar>& operands,
-                                          const Upstream<Scalar>& upstream,
-                                          const GradientOutputs<Scalar>& gradients,
-                                          const Workspace& workspace, Executor* executor,
-                                          const Require& require, const Terms&... terms) {
+/// The same for the backward pass; `done` as for `backward`.
+template <class Scalar, class Done, class... Terms>
+void run_backward(const Operands<Scalar>& operands, const Upstream<Scalar>& upstream,
+                  const GradientOutputs<Scalar>& gradients, const Workspace& workspace,
+                  Executor* executor, const Require& require, const Done& done,
+                  const Terms&... terms) {
   const Shape& shape = operands.shape;
-  const auto bound = bind_terms(shape, require, terms...);
-  const auto plan = backward_plan<Scalar>(shape, operands.values_are_keys, executor, bound);
+  const auto bind = term_binder(shape, require, terms...);
+  const BackwardPlanner<Scalar, decltype(bind)> planner{operands.values_are_keys, bind};
+  const WorkPlan plan = work_plan(shape, planner, executor);
   require.shape("forward.out", extent(upstream.out), shape.out_extent(),
                 "queries × query heads · value width");
   require.shape("forward.log_sum_exp", extent(upstream.log_sum_exp), shape.log_sum_exp_extent(),
@@ -167,7 +162,8 @@ const accumulator_t<Scalar>* run_backward(const Operands<Scalar>& operands,
                   "the shape of values");
   }
   check_workspace(require, workspace, plan.least_workspace_size());
-  return backward(operands, bound, plan, upstream, gradients, workspace, executor);
+  (clear_gradient(terms), ...);
+  backward(operands, bind, planner, plan, upstream, gradients, workspace, executor, done);
 }
 
 }  // namespace surfattn::detail

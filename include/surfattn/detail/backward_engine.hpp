@@ -9,17 +9,15 @@
 #include <surfattn/detail/score_tile.hpp>
 #include <surfattn/detail/term_gradients.hpp>
 #include <surfattn/detail/tiling.hpp>
-#include <surfattn/detail/work_plan.hpp>
-#include <surfattn/executor.hpp>
 #include <surfattn/workspace.hpp>
 
 namespace surfattn::detail {
 
-/// Memory for a product operand in two packed forms: rows for a left operand, panels for a right
+/// Memory for a product operand in two packed forms: columns for a left operand, panels for a right
 /// one.
 template <class Accumulator>
 struct PackedTile {
-  Accumulator* rows = nullptr;
+  Accumulator* columns = nullptr;
   Accumulator* panels = nullptr;
   Index* non_finite = nullptr;
 };
@@ -60,7 +58,7 @@ struct BackwardBuffers {
         score_stride(detail::score_stride<Accumulator>(tiling.key_tile)) {
     for (auto& tile : key_tiles)
       take_key_tile(arena, shape, tiling.key_tile, values_are_keys, tile);
-    take_query_tile(arena, tiling.query_tile);
+    take_query_tile(arena, shape, tiling.query_tile);
     weights = arena.take<Accumulator>(tiling.query_tile * score_stride);
     grad_scores = arena.take<Accumulator>(tiling.query_tile * score_stride);
   }
@@ -82,11 +80,13 @@ struct BackwardBuffers {
     tile.grad_key_bias = arena.take<Accumulator>(padded_keys);
   }
 
-  void take_query_tile(Arena& arena, Index rows) {
-    queries.rows = arena.take<Accumulator>(rows * key_stride);
+  void take_query_tile(Arena& arena, const Shape& shape, Index rows) {
+    queries.columns =
+        arena.take<Accumulator>(simd::packed_left_size<Accumulator>(rows, shape.head_dim));
     queries.panels = arena.take<Accumulator>(rows * key_stride);
     queries.non_finite = arena.take<Index>(rows);
-    grad_out.rows = arena.take<Accumulator>(rows * value_stride);
+    grad_out.columns =
+        arena.take<Accumulator>(simd::packed_left_size<Accumulator>(rows, shape.value_dim));
     grad_out.panels = arena.take<Accumulator>(rows * value_stride);
     grad_out.non_finite = arena.take<Index>(rows);
     log_sum_exp = arena.take<Accumulator>(rows);
@@ -103,13 +103,13 @@ using Turn = std::atomic<Index>;
 /// passed the rows. That block has begun (items are taken in order), so the wait ends.
 struct Turns {
   Turn* own;
-  Turn* before;       ///< of the block before; null for the first
-  Turn* head_before;  ///< of the same block of the key/value head before; null for the first
+  Turn* before;  ///< of the block before; null for the first
+  /// Of the block of the same keys in the key/value head before, or in the sequence before; null
+  /// where no term sums over these.
+  Turn* same_keys_before = nullptr;
 
   void wait_for(Index turn) const { wait_for(before, turn); }
-
-  /// Sums over heads are formed in the order of the heads.
-  void wait_for_head_before(Index turn) const { wait_for(head_before, turn); }
+  void wait_for_same_keys(Index turn) const { wait_for(same_keys_before, turn); }
 
   void pass(Index turn) const {
     own->store(turn + 1, std::memory_order_release);
@@ -220,6 +220,8 @@ class BackwardTask {
     turns_.wait_for(turn);
     if (packed) add_to_grad_queries(head, first_query, queries);
     if (packed) term_task_.end_run(head, first_query, queries);
+    wait_for_same_keys(
+        first_query);  // tile or no tile, so that whoever waits for this waits for all
     turns_.pass(turn);
   }
 
@@ -235,10 +237,10 @@ class BackwardTask {
   void load_queries(const Tile& tile) {
     const auto queries = query_rows(tile);
     const auto grad_out = out_rows(upstream_.grad_out, tile);
-    pack_query_tile(operands_, queries, buffers_.queries.rows);
+    simd::pack_left(queries, log2_scale(operands_), buffers_.queries.columns);
     queries_of_tile_ = pack_row_operand(queries, operands_.scale, buffers_.queries.panels,
                                         buffers_.queries.non_finite);
-    simd::pack_rows(grad_out, Accumulator(1), buffers_.grad_out.rows);
+    simd::pack_left(grad_out, Accumulator(1), buffers_.grad_out.columns);
     grad_out_of_tile_ = pack_row_operand(grad_out, Accumulator(1), buffers_.grad_out.panels,
                                          buffers_.grad_out.non_finite);
     load_row_statistics(tile, grad_out, out_rows(upstream_.out, tile));
@@ -268,15 +270,17 @@ class BackwardTask {
     const Index offset = tile.first_key - first_key_of(key_tile);  // a whole number of panels
     const simd::Tile<Accumulator> weights{buffers_.weights, buffers_.score_stride};
     const simd::Tile<Accumulator> grad_scores{buffers_.grad_scores, buffers_.score_stride};
-    score_tile<Accumulator>(tile, shape_.head_dim, {buffers_.queries.rows, buffers_.key_stride, 1},
-                            keys.transposed_keys + offset * shape_.head_dim, keys.key_bias + offset,
-                            weights);
+    score_tile<Accumulator>(
+        tile, shape_.head_dim,
+        simd::packed_left(buffers_.queries.columns, shape_.head_dim, 0, tile.queries),
+        keys.transposed_keys + offset * shape_.head_dim, keys.key_bias + offset, weights);
     finish_scores(operands_, terms_, tile, weights, term_task_.records());
-    simd::set_product<Accumulator>(tile.queries, tile.keys, shape_.value_dim,
-                                   {buffers_.grad_out.rows, buffers_.value_stride, 1},
-                                   {keys.transposed_values + offset * shape_.value_dim,
-                                    shape_.value_dim * simd::panel_width<Accumulator>},
-                                   grad_scores);
+    simd::set_product<Accumulator>(
+        tile.queries, tile.keys, shape_.value_dim,
+        simd::packed_left(buffers_.grad_out.columns, shape_.value_dim, 0, tile.queries),
+        {keys.transposed_values + offset * shape_.value_dim,
+         shape_.value_dim * simd::panel_width<Accumulator>},
+        grad_scores);
     term_task_.drop_gradients(tile, grad_scores);
     differentiate_softmax(tile, weights, grad_scores);
     if (coverage == Coverage::partial) {
@@ -285,16 +289,15 @@ class BackwardTask {
       terms_.hide(tile, grad_scores.data, grad_scores.row_stride, Accumulator(0));
     }
     term_task_.drop_weights(tile, weights);
-    term_task_.differentiate(tile, grad_scores, [&] { wait_for_head_before(tile); });
+    term_task_.differentiate(tile, grad_scores, [&] { wait_for_same_keys(tile.first_query); });
     add_to_gradients(tile, weights, grad_scores, key_tile, offset);
   }
 
-  /// Returns when the key/value head before this one has passed the queries of the tile with all
-  /// its query heads.
-  void wait_for_head_before(const Tile& tile) const {
+  /// Returns when the item before this one at the same keys has passed these queries with all its
+  /// query heads.
+  void wait_for_same_keys(Index first_query) const {
     const Index runs = blocks(shape_.queries, tiling_.query_tile);
-    turns_.wait_for_head_before((shape_.group() - 1) * runs +
-                                tile.first_query / tiling_.query_tile);
+    turns_.wait_for_same_keys((shape_.group() - 1) * runs + first_query / tiling_.query_tile);
   }
 
   /// S → W = 2^(S − L) and dP → dS = W∘(dP − D), in place.
@@ -302,10 +305,9 @@ class BackwardTask {
                              simd::Tile<Accumulator> grad_scores) {
     const Index padded_keys = simd::padded<Accumulator>(tile.keys);
     for (Index i = 0; i < tile.queries; ++i) {
-      Accumulator* weight_row = weights.data + i * weights.row_stride;
-      simd::exp2_row(weight_row, padded_keys, buffers_.log_sum_exp[i]);
-      simd::softmax_gradient_row(weight_row, grad_scores.data + i * grad_scores.row_stride,
-                                 padded_keys, buffers_.delta[i]);
+      simd::softmax_gradient_row(weights.data + i * weights.row_stride,
+                                 grad_scores.data + i * grad_scores.row_stride, padded_keys,
+                                 buffers_.log_sum_exp[i], buffers_.delta[i]);
     }
   }
 
@@ -403,66 +405,99 @@ void set_zero(MatrixView<Scalar> view) {
   }
 }
 
-/// How a backward pass is shared out: one item for each block of keys of each key/value head, and a
-/// counter of turns for each item.
+/// How the backward pass of a sequence is shared out: one item for each block of keys of each
+/// key/value head. The items share a counter of turns for each, and the sums of the terms.
 template <class Scalar>
-struct BackwardPlan : WorkPlan {
+struct BackwardPlan {
+  using Accumulator = accumulator_t<Scalar>;
+
   Shape shape;
-  Tiling tiling;
   bool values_are_keys;
+  Tiling tiling;
+  Index items;
+  TermSums<Accumulator> sums;
 
   template <class Terms = TermChain<>>
-  BackwardPlan(const Shape& problem, const Tiling& cut, bool shared, const Executor* executor,
-               const Terms& terms = Terms())
-      : shape(problem), tiling(cut), values_are_keys(shared) {
-    using Accumulator = accumulator_t<Scalar>;
-    items = shape.key_value_heads * blocks(shape.keys, tiling.block);
-    workers = detail::workers(executor, items);
-    Arena of_worker, of_all;
-    BackwardBuffers<Accumulator>(of_worker, shape, tiling, values_are_keys);
-    TermBuffers<Accumulator, Terms>(of_worker, tiling);
-    of_all.take<Turn>(items);
-    TermTotals<Accumulator, Terms>(of_all, terms, shape, items, values_are_keys);
-    bytes_per_worker = of_worker.used();
-    shared_bytes = of_all.used();
+  BackwardPlan(const Shape& sequence, const Tiling& cut, bool shared, const Terms& terms = Terms())
+      : shape(sequence),
+        values_are_keys(shared),
+        tiling(cut),
+        items(shape.key_value_heads * blocks(shape.keys, tiling.block)),
+        sums(terms, shape, items, shared) {
+    Arena counter;
+    BackwardBuffers<Accumulator>(counter, shape, tiling, values_are_keys);
+    TermBuffers<Accumulator, Terms>(counter, tiling);
+    bytes_per_worker_ = counter.used();
   }
+
+  std::size_t shared_bytes() const {
+    Arena counter;
+    turns_in(counter);
+    TermSums<Accumulator>(sums).take(counter);
+    return counter.used();
+  }
+  std::size_t bytes_per_worker() const { return bytes_per_worker_; }
+
+  Turn* turns_in(Arena& shared) const { return shared.take<Turn>(items); }
+
+  /// The sums, in the memory that all workers share.
+  TermSums<Accumulator> sums_in(Arena shared) const {
+    turns_in(shared);
+    TermSums<Accumulator> placed = sums;
+    placed.take(shared);
+    return placed;
+  }
+
+ private:
+  std::size_t bytes_per_worker_ = 0;
 };
 
-/// All gradients of one problem, every output written. Returns what TermTotals::raw_rows holds, in
-/// the workspace: r_i = Σ_j dS_ij at head·Tq + i, or null where that is 0.
+/// Before the items of a sequence: all turns and sums are 0.
+template <class Scalar>
+void start_backward(const BackwardPlan<Scalar>& plan, Arena shared) {
+  const TermSums<accumulator_t<Scalar>> sums = plan.sums_in(shared);
+  std::uninitialized_value_construct_n(plan.turns_in(shared), plan.items);
+  sums.set_zero();
+}
+
+/// The turns of an item. Where a term adds to the same numbers from different heads, or from
+/// different sequences (which then have the same shape), they do so in order.
 template <class Scalar, class Terms>
-const accumulator_t<Scalar>* backward(const Operands<Scalar>& operands, const Terms& terms,
-                                      const BackwardPlan<Scalar>& plan,
-                                      const Upstream<Scalar>& upstream,
-                                      const GradientOutputs<Scalar>& gradients,
-                                      const Workspace& workspace, Executor* executor) {
-  using Accumulator = accumulator_t<Scalar>;
-  Arena shared(workspace);
-  Turn* turns = shared.take<Turn>(plan.items);
-  std::uninitialized_value_construct_n(turns, plan.items);
-  const TermTotals<Accumulator, Terms> totals(
-      shared, terms, plan.shape, plan.items,
-      plan.values_are_keys && operands.query_norm_weight != Accumulator(0));
-  set_zero(gradients.queries);
-  begin_term_gradients(terms);
+Turns turns_of(Index item, const Terms& terms, const BackwardPlan<Scalar>& plan, Arena shared) {
   const Index blocks_per_head = blocks(plan.shape.keys, plan.tiling.block);
-  share_items(executor, plan.workers_within(workspace), [&](Index worker, const auto& take) {
-    Arena arena = plan.arena_of(workspace, worker);
-    BackwardBuffers<Accumulator> buffers(arena, plan.shape, plan.tiling, plan.values_are_keys);
-    TermBuffers<Accumulator, Terms> term_buffers(arena, plan.tiling);
-    for (Index item = take(); item < plan.items; item = take()) {
-      const Index block = item % blocks_per_head;
-      const TermTask<Scalar, Terms> term_task(plan.shape, terms, term_buffers, totals, item);
-      BackwardTask<Scalar, Terms>(
-          operands, terms, plan.tiling, upstream, gradients, buffers, term_task,
-          item / blocks_per_head, block * plan.tiling.block,
-          {turns + item, block > 0 ? turns + item - 1 : nullptr,
-           item >= blocks_per_head ? turns + item - blocks_per_head : nullptr})
-          .run();
-    }
+  Arena of_sequence = shared;
+  Turn* turns = plan.turns_in(of_sequence);
+  Turns own{turns + item, item % blocks_per_head > 0 ? turns + item - 1 : nullptr};
+  if (item >= blocks_per_head && (terms.adds_across_heads() || terms.adds_across_sequences())) {
+    own.same_keys_before = turns + item - blocks_per_head;
+  } else if (plan.shape.sequence > 0 && terms.adds_across_sequences()) {
+    Arena before = shared;
+    before.go_back(plan.shared_bytes());
+    own.same_keys_before = plan.turns_in(before) + plan.items - blocks_per_head + item;
+  }
+  return own;
+}
+
+/// All gradients but for `gradients.queries`, to which its part is added, and those of terms: the
+/// items of one sequence that fall to one worker.
+template <class Scalar, class Terms, class Items>
+void backward(const Operands<Scalar>& operands, const Terms& terms,
+              const BackwardPlan<Scalar>& plan, const Upstream<Scalar>& upstream,
+              const GradientOutputs<Scalar>& gradients, Arena shared, Arena own,
+              const Items& items) {
+  using Accumulator = accumulator_t<Scalar>;
+  const Index blocks_per_head = blocks(plan.shape.keys, plan.tiling.block);
+  const TermSums<Accumulator> sums = plan.sums_in(shared);
+  BackwardBuffers<Accumulator> buffers(own, plan.shape, plan.tiling, plan.values_are_keys);
+  TermBuffers<Accumulator, Terms> term_buffers(own, plan.tiling);
+  items([&](Index item) {
+    const TermTask<Scalar, Terms> term_task(plan.shape, terms, term_buffers, sums, item);
+    BackwardTask<Scalar, Terms>(operands, terms, plan.tiling, upstream, gradients, buffers,
+                                term_task, item / blocks_per_head,
+                                item % blocks_per_head * plan.tiling.block,
+                                turns_of(item, terms, plan, shared))
+        .run();
   });
-  finish_term_gradients(operands, terms, totals, plan.items, upstream, gradients.queries);
-  return totals.raw_rows;
 }
 
 }  // namespace surfattn::detail

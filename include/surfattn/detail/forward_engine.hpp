@@ -7,8 +7,6 @@
 #include <surfattn/detail/score_tile.hpp>
 #include <surfattn/detail/softmax_rows.hpp>
 #include <surfattn/detail/tiling.hpp>
-#include <surfattn/detail/work_plan.hpp>
-#include <surfattn/executor.hpp>
 #include <surfattn/workspace.hpp>
 
 namespace surfattn::detail {
@@ -16,8 +14,7 @@ namespace surfattn::detail {
 /// Buffers of one task; over an empty arena, their size.
 template <class Accumulator>
 struct ForwardBuffers {
-  Index block_rows;
-  Index query_stride;
+  Index member_rows;  ///< rows of one query head of the group, whole panels of a left operand
   Index score_stride;
   Accumulator* queries;
   SoftmaxRows<Accumulator> outs;
@@ -28,10 +25,11 @@ struct ForwardBuffers {
   Index* non_finite_values;
 
   ForwardBuffers(Arena& arena, const Shape& shape, const Tiling& tiling)
-      : block_rows(shape.group() * std::min(tiling.block, shape.queries)),
-        query_stride(simd::padded<Accumulator>(shape.head_dim)),
+      : member_rows(
+            simd::rounded_up(std::min(tiling.block, shape.queries), simd::left_width<Accumulator>)),
         score_stride(detail::score_stride<Accumulator>(tiling.key_tile)) {
-    queries = arena.take<Accumulator>(block_rows * query_stride);
+    const Index block_rows = shape.group() * member_rows;
+    queries = arena.take<Accumulator>(block_rows * shape.head_dim);
     outs = SoftmaxRows<Accumulator>(arena, block_rows, shape.value_dim);
     key_panels =
         arena.take<Accumulator>(simd::padded<Accumulator>(tiling.key_tile) * shape.head_dim);
@@ -72,12 +70,12 @@ class ForwardTask {
 
   void load_queries() {
     for (Index member = 0; member < shape_.group(); ++member) {
-      const Index row = member * queries_;
-      pack_query_tile(
-          operands_, operands_.query_head(first_head() + member).block_rows(first_query_, queries_),
-          buffers_.queries + row * buffers_.query_stride);
+      simd::pack_left(
+          operands_.query_head(first_head() + member).block_rows(first_query_, queries_),
+          log2_scale(operands_),
+          buffers_.queries + member * buffers_.member_rows * shape_.head_dim);
     }
-    buffers_.outs.reset(shape_.group() * queries_);
+    buffers_.outs.reset(shape_.group() * buffers_.member_rows);
   }
 
   /// All tiles of one run of keys. The keys are packed when the first tile that is not empty needs
@@ -94,7 +92,8 @@ class ForwardTask {
         if (coverage == Coverage::empty) continue;
         if (!packed) pack_keys(first_key, keys);
         packed = true;
-        visit_tile(tile, coverage, member * queries_ + query, tile.first_key - first_key);
+        visit_tile(tile, coverage, member * buffers_.member_rows + query,
+                   tile.first_key - first_key);
       }
     }
   }
@@ -111,10 +110,10 @@ class ForwardTask {
   /// ones, a whole number of panels.
   void visit_tile(const Tile& tile, Coverage coverage, Index row, Index offset) {
     const simd::Tile<Accumulator> scores{buffers_.scores, buffers_.score_stride};
-    score_tile<Accumulator>(
-        tile, shape_.head_dim,
-        {buffers_.queries + row * buffers_.query_stride, buffers_.query_stride, 1},
-        buffers_.key_panels + offset * shape_.head_dim, buffers_.key_bias + offset, scores);
+    score_tile<Accumulator>(tile, shape_.head_dim,
+                            simd::packed_left(buffers_.queries, shape_.head_dim, row, tile.queries),
+                            buffers_.key_panels + offset * shape_.head_dim,
+                            buffers_.key_bias + offset, scores);
     finish_scores(operands_, terms_, tile, scores);
     if (coverage == Coverage::partial) {
       terms_.hide(tile, scores.data, scores.row_stride, simd::minus_infinity<Accumulator>);
@@ -128,7 +127,7 @@ class ForwardTask {
   void store(const ForwardOutputs<Scalar>& outputs) const {
     for (Index member = 0; member < shape_.group(); ++member) {
       for (Index i = 0; i < queries_; ++i) {
-        buffers_.outs.write(member * queries_ + i, operands_, terms_, outputs,
+        buffers_.outs.write(member * buffers_.member_rows + i, operands_, terms_, outputs,
                             first_head() + member, first_query_ + i);
       }
     }
@@ -145,37 +144,46 @@ class ForwardTask {
   RowOperand<Scalar> values_{};  ///< of the run of keys at hand
 };
 
-/// How a forward pass is shared out: one item for each block of queries of each key/value head.
+/// How the forward pass of a sequence is shared out: one item for each block of queries of each
+/// key/value head.
 template <class Scalar>
-struct ForwardPlan : WorkPlan {
+struct ForwardPlan {
   Shape shape;
   Tiling tiling;
+  Index items;
 
-  ForwardPlan(const Shape& problem, const Tiling& cut, const Executor* executor)
-      : shape(problem), tiling(cut) {
-    items = shape.key_value_heads * blocks(shape.queries, tiling.block);
-    workers = detail::workers(executor, items);
+  ForwardPlan(const Shape& sequence, const Tiling& cut)
+      : shape(sequence),
+        tiling(cut),
+        items(shape.key_value_heads * blocks(shape.queries, tiling.block)) {}
+
+  std::size_t shared_bytes() const { return 0; }
+  std::size_t bytes_per_worker() const {
     Arena counter;
     ForwardBuffers<accumulator_t<Scalar>>(counter, shape, tiling);
-    bytes_per_worker = counter.used();
+    return counter.used();
   }
 };
 
-/// O = W·V and log_sum_exp of many queries, every output written once.
-template <class Scalar, class Terms>
+/// O = W·V and log_sum_exp of many queries, every output written once: the items of one sequence
+/// that fall to one worker.
+template <class Scalar, class Terms, class Items>
 void forward(const Operands<Scalar>& operands, const Terms& terms, const ForwardPlan<Scalar>& plan,
-             const ForwardOutputs<Scalar>& outputs, const Workspace& workspace,
-             Executor* executor) {
+             const ForwardOutputs<Scalar>& outputs, Arena, Arena own, const Items& items) {
   const Index blocks_per_head = blocks(plan.shape.queries, plan.tiling.block);
-  share_items(executor, plan.workers_within(workspace), [&](Index worker, const auto& take) {
-    Arena arena = plan.arena_of(workspace, worker);
-    ForwardBuffers<accumulator_t<Scalar>> buffers(arena, plan.shape, plan.tiling);
-    for (Index item = take(); item < plan.items; item = take()) {
-      ForwardTask<Scalar, Terms>(operands, terms, plan.tiling, buffers, item / blocks_per_head,
-                                 item % blocks_per_head * plan.tiling.block)
-          .run(outputs);
-    }
+  ForwardBuffers<accumulator_t<Scalar>> buffers(own, plan.shape, plan.tiling);
+  items([&](Index taken) {
+    // The last queries see the most keys under a causal mask: they go first, so that no worker is
+    // left with a long task at the end.
+    const Index item = plan.items - 1 - taken;
+    ForwardTask<Scalar, Terms>(operands, terms, plan.tiling, buffers, item / blocks_per_head,
+                               item % blocks_per_head * plan.tiling.block)
+        .run(outputs);
   });
 }
+
+template <class Scalar, class Terms>
+void finish_forward(const Operands<Scalar>&, const Terms&, const ForwardPlan<Scalar>&,
+                    const ForwardOutputs<Scalar>&, Arena) {}
 
 }  // namespace surfattn::detail

@@ -12,10 +12,11 @@ namespace surfattn::detail {
 /// The running softmax of some rows (Milakov and Gimelshein 2018, arXiv:1805.02867). Over the keys
 /// met so far, for each row:
 ///
-///     m = max_j S_j,   l = Σ_j 2^(S_j − m),   o = Σ_j 2^(S_j − m)·v_j,
+///     m = ⌈max_j S_j⌉,   l = Σ_j 2^(S_j − m),   o = Σ_j 2^(S_j − m)·v_j,
 ///
 /// with S in units of ln 2, so that the output is o/l and the log-sum-exp ln2·(m + log₂ l). Before
-/// the first key m = −∞, l = 0, o = 0.
+/// the first key m = −∞, l = 0, o = 0. That m is an integer saves the subtraction (see Exp2Origin)
+/// and makes every rescaling exact.
 template <class Accumulator>
 struct OnlineSoftmax {
   Accumulator* maximum = nullptr;
@@ -26,21 +27,23 @@ struct OnlineSoftmax {
     std::fill(sum, sum + rows, Accumulator(0));
   }
 
-  /// Takes in one row of scores and turns it into weights 2^(S − m); `out` is rescaled to the new
-  /// maximum. While every score so far is −∞ the shift is 0, so that the weights are 0 and not NaN.
-  void update(Index row, Accumulator* scores, Index padded_keys, Accumulator* out,
-              Index padded_dim) const {
+  /// Raises m to the scores' maximum, and rescales l and `out` to it.
+  void raise(Index row, Accumulator scores_maximum, Accumulator* out, Index padded_dim) const {
     const Accumulator before = maximum[row];
-    const Accumulator now = std::max(before, simd::row_maximum(scores, padded_keys));
-    const Accumulator shift = now == simd::minus_infinity<Accumulator> ? Accumulator(0) : now;
-    const Accumulator added = simd::exp2_row(scores, padded_keys, shift);
-    if (before != now) {
-      const Accumulator correction = std::exp2(before - shift);
-      simd::scale_row(out, padded_dim, correction);
-      sum[row] *= correction;
-    }
-    sum[row] += added;
+    const Accumulator now = std::max(before, std::ceil(scores_maximum));
+    if (before == now) return;
+    const Accumulator correction = std::exp2(before - now);
+    simd::scale_row(out, padded_dim, correction);
+    sum[row] *= correction;
     maximum[row] = now;
+  }
+
+  /// Turns one row of scores, none above m, into weights 2^(S − m) and adds them to l. While every
+  /// score so far is −∞, 0 stands for m, so that the weights are 0 and not NaN.
+  void weigh(Index row, Accumulator* scores, Index padded_keys) const {
+    const Accumulator m = maximum[row];
+    const Accumulator origin = m == simd::minus_infinity<Accumulator> ? Accumulator(0) : m;
+    sum[row] += simd::exp2_row(scores, padded_keys, origin);
   }
 
   /// Takes in the sums of the same row over other keys: both parts are brought to the larger
@@ -60,12 +63,9 @@ struct OnlineSoftmax {
 
   /// Takes in one score more, in units of ln 2, of a key whose value is 0.
   void include(Index row, Accumulator score, Accumulator* out, Index padded_dim) const {
-    const Accumulator largest = std::max(maximum[row], score);
-    if (largest == simd::minus_infinity<Accumulator>) return;
-    const Accumulator factor = std::exp2(maximum[row] - largest);
-    simd::scale_row(out, padded_dim, factor);
-    sum[row] = sum[row] * factor + std::exp2(score - largest);
-    maximum[row] = largest;
+    if (score == simd::minus_infinity<Accumulator>) return;
+    raise(row, score, out, padded_dim);
+    sum[row] += std::exp2(score - maximum[row]);
   }
 
   /// ln2·(m + log₂ l); −∞ where no key was seen.

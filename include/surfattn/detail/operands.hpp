@@ -8,6 +8,16 @@
 
 namespace surfattn::detail {
 
+/// The rows of one sequence in a matrix with one row for each query, or for each key, of the batch.
+template <class Scalar>
+MatrixView<Scalar> query_rows(MatrixView<Scalar> batch, const Shape& sequence) {
+  return batch.block_rows(sequence.first_query, sequence.queries);
+}
+template <class Scalar>
+MatrixView<Scalar> key_rows(MatrixView<Scalar> batch, const Shape& sequence) {
+  return batch.block_rows(sequence.first_key, sequence.keys);
+}
+
 /// One attention problem, in either form:
 ///
 ///     S_ij = scale·q_i·k_j + b_j,   b_j = key_norm_weight·‖k_j‖² + log_prior_j,
@@ -41,6 +51,17 @@ struct Operands {
   MatrixView<const Scalar> value_head(Index head) const {
     return values.block_cols(head * shape.value_dim, shape.value_dim);
   }
+
+  /// The problem of one sequence of the batch.
+  Operands of_sequence(Index index) const {
+    Operands one = *this;
+    one.shape = shape.of_sequence(index);
+    one.queries = query_rows(queries, one.shape);
+    one.keys = key_rows(keys, one.shape);
+    one.values = key_rows(values, one.shape);
+    one.log_prior = key_rows(log_prior, one.shape);
+    return one;
+  }
 };
 
 /// What the forward pass writes.
@@ -48,6 +69,12 @@ template <class Scalar>
 struct ForwardOutputs {
   MatrixView<Scalar> out;
   std::optional<MatrixView<Scalar>> log_sum_exp;  ///< absent where nobody asked for it
+
+  ForwardOutputs of_sequence(const Shape& sequence) const {
+    ForwardOutputs one{query_rows(out, sequence), {}};
+    if (log_sum_exp) one.log_sum_exp = query_rows(*log_sum_exp, sequence);
+    return one;
+  }
 };
 
 /// What the backward pass reads of the forward pass and of the loss.
@@ -56,6 +83,11 @@ struct Upstream {
   MatrixView<const Scalar> out;
   MatrixView<const Scalar> log_sum_exp;
   MatrixView<const Scalar> grad_out;
+
+  Upstream of_sequence(const Shape& sequence) const {
+    return {query_rows(out, sequence), query_rows(log_sum_exp, sequence),
+            query_rows(grad_out, sequence)};
+  }
 };
 
 /// What the backward pass writes. Where the values are the keys, `keys` receives both parts.
@@ -66,6 +98,13 @@ struct GradientOutputs {
   std::optional<MatrixView<Scalar>> values;  ///< absent where the values are the keys
   /// c_j = Σ_i dS_ij, Tk × Hkv; absent where nobody asked for it
   std::optional<MatrixView<Scalar>> key_bias;
+
+  GradientOutputs of_sequence(const Shape& sequence) const {
+    GradientOutputs one{query_rows(queries, sequence), key_rows(keys, sequence), {}, {}};
+    if (values) one.values = key_rows(*values, sequence);
+    if (key_bias) one.key_bias = key_rows(*key_bias, sequence);
+    return one;
+  }
 };
 
 }  // namespace surfattn::detail

@@ -8,6 +8,7 @@
 #include <surfattn/detail/view.hpp>
 #include <surfattn/error.hpp>
 #include <surfattn/options.hpp>
+#include <surfattn/sequences.hpp>
 #include <surfattn/types.hpp>
 #include <tuple>
 
@@ -33,7 +34,8 @@ inline std::string words(Extent extent) {
   return std::to_string(extent.rows) + "×" + std::to_string(extent.cols);
 }
 
-/// The sizes of one attention problem, after every check has passed.
+/// The sizes of one attention problem, after every check has passed: of a whole batch, or of one of
+/// its sequences.
 struct Shape {
   Index queries = 0;          ///< Tq
   Index keys = 0;             ///< Tk
@@ -41,6 +43,24 @@ struct Shape {
   Index value_dim = 0;        ///< dv
   Index query_heads = 1;      ///< Hq
   Index key_value_heads = 1;  ///< Hkv
+  Sequences sequences = {};   ///< of the whole batch
+  // where a sequence stands in its batch
+  Index sequence = 0;
+  Index first_query = 0;
+  Index first_key = 0;
+  Index packed_queries = 0;  ///< rows of the whole batch
+  Index packed_keys = 0;
+
+  /// The part of the batch that is one sequence.
+  Shape of_sequence(Index index) const {
+    Shape one = *this;
+    one.sequence = index;
+    one.first_query = offset(sequences.query_offsets(), queries, index);
+    one.first_key = offset(sequences.key_offsets(), keys, index);
+    one.queries = offset(sequences.query_offsets(), queries, index + 1) - one.first_query;
+    one.keys = offset(sequences.key_offsets(), keys, index + 1) - one.first_key;
+    return one;
+  }
 
   Index group() const { return query_heads / key_value_heads; }
   Extent queries_extent() const { return {queries, query_heads * head_dim}; }
@@ -48,6 +68,11 @@ struct Shape {
   Extent values_extent() const { return {keys, key_value_heads * value_dim}; }
   Extent out_extent() const { return {queries, query_heads * value_dim}; }
   Extent log_sum_exp_extent() const { return {queries, query_heads}; }
+
+ private:
+  Index offset(const IntegerView& offsets, Index rows, Index place) const {
+    return sequences.are_equal() ? rows / sequences.count() * place : offsets[place];
+  }
 };
 
 /// Says what is wrong in the name of the public function that was called.
@@ -56,7 +81,15 @@ class Require {
   explicit constexpr Require(const char* function) : function_(function) {}
 
   [[noreturn]] void fail(const std::string& sentence) const {
-    detail::fail(std::string("surfattn::") + function_ + ": " + sentence);
+    const std::string where = sequence_ ? " (sequence " + std::to_string(*sequence_) + ")" : "";
+    detail::fail(std::string("surfattn::") + function_ + ": " + sentence + where);
+  }
+
+  /// The same, about one sequence of a batch, which its sentences name.
+  Require about(const Shape& shape) const {
+    Require require(function_);
+    if (shape.sequences.count() != 1) require.sequence_ = shape.sequence;
+    return require;
   }
 
   void shape(const char* argument, Extent actual, Extent expected, const char* because) const {
@@ -65,7 +98,8 @@ class Require {
          because + ")");
   }
 
-  Shape shapes(Extent queries, Extent keys, Extent values, const Heads& heads) const {
+  Shape shapes(Extent queries, Extent keys, Extent values, const Heads& heads,
+               const Sequences& sequences) const {
     Shape shape;
     shape.query_heads = heads.query;
     shape.key_value_heads = heads.key_value.value_or(heads.query);
@@ -80,6 +114,10 @@ class Require {
       fail("values must have one row for each key, but values is " + words(values) +
            " and keys is " + words(keys));
     }
+    check_sequences(sequences, queries, keys);
+    shape.sequences = sequences;
+    shape.packed_queries = shape.queries;
+    shape.packed_keys = shape.keys;
     return shape;
   }
 
@@ -141,7 +179,48 @@ class Require {
          " heads of width " + std::to_string(key_width) + ")");
   }
 
+  void check_sequences(const Sequences& sequences, Extent queries, Extent keys) const {
+    if (sequences.are_equal()) {
+      check_equal_sequences("queries", queries, sequences.count());
+      check_equal_sequences("keys", keys, sequences.count());
+      return;
+    }
+    const Index of_queries = sequences.query_offsets().size(),
+                of_keys = sequences.key_offsets().size();
+    if (of_queries != of_keys) {
+      fail("sequences must have as many offsets of keys as of queries, but has " +
+           std::to_string(of_queries) + " of queries and " + std::to_string(of_keys) + " of keys");
+    }
+    check_offsets("queries", queries, sequences.query_offsets());
+    check_offsets("keys", keys, sequences.key_offsets());
+  }
+
+  void check_equal_sequences(const char* argument, Extent extent, Index count) const {
+    if (count >= 1 && extent.rows % count == 0) return;
+    fail(std::string(argument) + " is " + words(extent) + ", and its rows do not divide into " +
+         std::to_string(count) + " equal sequences");
+  }
+
+  /// Offsets of n sequences are n + 1 numbers from 0 to the number of rows that never decrease.
+  void check_offsets(const char* argument, Extent extent, const IntegerView& offsets) const {
+    const std::string name = std::string("sequences: the offsets of ") + argument;
+    const Index last = offsets.size() - 1;
+    if (last < 0) fail(name + " must be one more than the sequences, but there are none");
+    if (offsets[0] != 0)
+      fail(name + " must begin at 0, but begin at " + std::to_string(offsets[0]));
+    for (Index s = 0; s < last; ++s) {
+      if (offsets[s] <= offsets[s + 1]) continue;
+      fail(name + " must not decrease, but offset " + std::to_string(s) + " is " +
+           std::to_string(offsets[s]) + " and offset " + std::to_string(s + 1) + " is " +
+           std::to_string(offsets[s + 1]));
+    }
+    if (offsets[last] == extent.rows) return;
+    fail(name + " must end at the number of rows, but end at " + std::to_string(offsets[last]) +
+         " and " + argument + " is " + words(extent));
+  }
+
   const char* function_;
+  std::optional<Index> sequence_ = {};
 };
 
 template <class... Matrices>

@@ -12,11 +12,10 @@
 /// log₂ e goes into the operands as they are packed.
 namespace surfattn::detail {
 
-/// Packs the queries of one head, times the scale, as the left operand of the scores.
+/// The factor of queries: the scale, in units of ln 2.
 template <class Scalar>
-void pack_query_tile(const Operands<Scalar>& operands, MatrixView<const Scalar> rows,
-                     accumulator_t<Scalar>* packed) {
-  simd::pack_rows(rows, operands.scale * simd::log2_e<accumulator_t<Scalar>>, packed);
+accumulator_t<Scalar> log2_scale(const Operands<Scalar>& operands) {
+  return operands.scale * simd::log2_e<accumulator_t<Scalar>>;
 }
 
 /// b_j = norm_weight·‖k_j‖² + log π_j for the keys `rows`, the head's from `first` on; padded with
@@ -39,7 +38,7 @@ void fill_key_bias(const Operands<Scalar>& operands, Index head, Index first,
 /// S_ij = scale·q_i·k_j + b_j over the tile, in units of ln 2, unmasked: from packed queries,
 /// transposed keys and b.
 template <class Accumulator>
-void score_tile(const Tile& tile, Index head_dim, simd::LeftOperand<Accumulator> queries,
+void score_tile(const Tile& tile, Index head_dim, const simd::ColumnsOperand<Accumulator>& queries,
                 const Accumulator* keys, const Accumulator* bias, simd::Tile<Accumulator> scores) {
   simd::set_product<Accumulator>(tile.queries, tile.keys, head_dim, queries,
                                  {keys, head_dim * simd::panel_width<Accumulator>}, scores, bias);
@@ -108,9 +107,13 @@ RowOperand<Scalar> pack_row_operand(MatrixView<const Scalar> source, accumulator
 /// The coefficients A of one tile, queries × keys, as a left operand: as they are, where the rows B
 /// of the product A·B are keys, or `transposed`, where they are queries.
 template <bool transposed, class Accumulator>
-simd::LeftOperand<Accumulator> left_operand(simd::Tile<Accumulator> coefficients) {
-  const Index stride = coefficients.row_stride;
-  return {coefficients.data, transposed ? 1 : stride, transposed ? stride : 1};
+auto left_operand(simd::Tile<Accumulator> coefficients) {
+  if constexpr (transposed) {
+    return simd::ColumnsOperand<Accumulator>{coefficients.data, coefficients.row_stride,
+                                             simd::left_width<Accumulator>};
+  } else {
+    return simd::RowsOperand<Accumulator>{coefficients.data, coefficients.row_stride};
+  }
 }
 
 /// Adds to C what the rows of B from `first` on that are not finite contribute to A·B, one by one,
@@ -129,7 +132,7 @@ void add_non_finite_rows(const Terms& terms, const Tile& tile,
       if (!terms.allows(tile.head, tile.first_query + (transposed ? k : r),
                         tile.first_key + (transposed ? r : k)))
         continue;
-      const auto weight = a.data[r * a.row_stride + k * a.depth_stride];
+      const auto weight = a.from(r)[k * a.depth_stride()];
       for (Index col = 0; col < b.source.cols; ++col) {
         c.data[r * c.row_stride + col] +=
             weight * (b.factor * static_cast<accumulator_t<Scalar>>(b.source(first + k, col)));

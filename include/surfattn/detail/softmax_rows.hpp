@@ -39,7 +39,11 @@ struct SoftmaxRows {
     for (Index i = 0; i < rows; ++i) {
       Accumulator* score_row = scores.data + i * scores.row_stride;
       std::fill(score_row + keys, score_row + padded_keys, simd::minus_infinity<Accumulator>);
-      softmax.update(row + i, score_row, padded_keys, out + (row + i) * stride, stride);
+      softmax.raise(row + i, simd::row_maximum(score_row, padded_keys), out + (row + i) * stride,
+                    stride);
+    }
+    for (Index i = 0; i < rows; ++i) {
+      softmax.weigh(row + i, scores.data + i * scores.row_stride, padded_keys);
     }
   }
 

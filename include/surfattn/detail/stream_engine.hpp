@@ -8,8 +8,6 @@
 #include <surfattn/detail/simd/streaming.hpp>
 #include <surfattn/detail/softmax_rows.hpp>
 #include <surfattn/detail/tiling.hpp>
-#include <surfattn/detail/work_plan.hpp>
-#include <surfattn/executor.hpp>
 #include <surfattn/workspace.hpp>
 #include <type_traits>
 
@@ -20,21 +18,42 @@
 /// read. The parts are merged by their log-sum-exp.
 namespace surfattn::detail {
 
-/// How a problem of few queries is shared out: one item for each part of the keys.
+/// How a sequence of few queries is shared out: one item for each part of the keys.
 template <class Scalar>
-struct StreamPlan : WorkPlan {
+struct StreamPlan {
   using Accumulator = accumulator_t<Scalar>;
 
   Shape shape;
   Index run;   ///< keys that one task visits at a time, for all heads
   Index part;  ///< keys of one item
-  std::size_t bytes_per_item = 0;
+  Index items;
 
-  StreamPlan(const Shape& problem, const Executor* executor);
+  explicit StreamPlan(const Shape& sequence);
+
+  Index rows() const { return shape.query_heads * shape.queries; }
+
+  /// Parts that are to be merged lie in memory of the whole call; a single one in its worker's.
+  std::size_t shared_bytes() const {
+    return items > 1 ? static_cast<std::size_t>(items) * bytes_per_item() : 0;
+  }
+  std::size_t bytes_per_worker() const;
+
+  /// The sums of one of several parts.
+  SoftmaxRows<Accumulator> part_of(Arena shared, Index item) const {
+    shared.skip(static_cast<std::size_t>(item) * bytes_per_item());
+    return SoftmaxRows<Accumulator>(shared, rows(), shape.value_dim);
+  }
 
   /// Up to so many rows for each key/value head, packing keys and values would cost more than it
   /// saves.
   static bool fits(const Shape& shape) { return shape.group() * shape.queries <= 16; }
+
+ private:
+  std::size_t bytes_per_item() const {
+    Arena counter;
+    SoftmaxRows<Accumulator>(counter, rows(), shape.value_dim);
+    return counter.used();
+  }
 };
 
 /// Buffers of one worker; over an empty arena, their size.
@@ -47,6 +66,7 @@ struct StreamBuffers {
   Accumulator* value_panels;
   Accumulator* scores;
   Index* non_finite_values;
+  SoftmaxRows<Accumulator> outs;  ///< of a sequence that is not cut into parts
 
   StreamBuffers(Arena& arena, const Shape& shape, Index run)
       : query_stride(simd::padded<Accumulator>(shape.head_dim)),
@@ -57,24 +77,25 @@ struct StreamBuffers {
     value_panels = arena.take<Accumulator>(run * simd::padded<Accumulator>(shape.value_dim));
     scores = arena.take<Accumulator>(shape.group() * shape.queries * score_stride);
     non_finite_values = arena.take<Index>(run);
+    outs = SoftmaxRows<Accumulator>(arena, rows, shape.value_dim);
   }
 };
 
 template <class Scalar>
-StreamPlan<Scalar>::StreamPlan(const Shape& problem, const Executor* executor) : shape(problem) {
+StreamPlan<Scalar>::StreamPlan(const Shape& sequence) : shape(sequence) {
   // A run of tokens, keys and values, stays in the second-level cache from the first head to the last.
   const Index width = shape.key_value_heads * std::max(shape.head_dim, shape.value_dim);
   run = std::min(tile_rows<Scalar>(256, width), std::max<Index>(shape.keys, 1));
   constexpr Index parts = 16, fewest_keys = 1024;
   part = std::max(fewest_keys, blocks(blocks(shape.keys, parts), run) * run);
   items = std::max<Index>(1, blocks(shape.keys, part));
-  workers = detail::workers(executor, items);
-  Arena of_item, of_worker;
-  SoftmaxRows<Accumulator>(of_item, shape.query_heads * shape.queries, shape.value_dim);
-  StreamBuffers<Accumulator>(of_worker, shape, run);
-  bytes_per_item = of_item.used();
-  bytes_per_worker = of_worker.used();
-  shared_bytes = static_cast<std::size_t>(items) * bytes_per_item;
+}
+
+template <class Scalar>
+std::size_t StreamPlan<Scalar>::bytes_per_worker() const {
+  Arena counter;
+  StreamBuffers<Accumulator>(counter, shape, run);
+  return counter.used();
 }
 
 /// All queries of all heads against one part of the keys.
@@ -88,7 +109,7 @@ class StreamTask {
       : operands_(operands), shape_(operands.shape), terms_(terms), buffers_(buffers) {
     for (Index head = 0; head < shape_.query_heads; ++head) {
       const Index row = head * shape_.queries;
-      pack_query_tile(operands_, operands_.query_head(head),
+      simd::pack_rows(operands_.query_head(head), log2_scale(operands_),
                       buffers_.queries + row * buffers_.query_stride);
     }
   }
@@ -114,7 +135,7 @@ class StreamTask {
     const auto key_rows = operands_.key_head(head).block_rows(first_key, keys);
     fill_key_bias(operands_, head, first_key, key_rows, buffers_.key_bias);
     simd::set_dot_products<Accumulator>(
-        rows, {buffers_.queries + row * buffers_.query_stride, buffers_.query_stride, 1}, key_rows,
+        rows, {buffers_.queries + row * buffers_.query_stride, buffers_.query_stride}, key_rows,
         scores(0), buffers_.key_bias);
     for (Index member = 0; member < shape_.group(); ++member)
       finish_scores(operands_, terms_, tile_of(member), scores(member));
@@ -172,32 +193,42 @@ class StreamTask {
   StreamBuffers<Accumulator>& buffers_;
 };
 
-/// O = W·V and log_sum_exp of few queries, every output written once.
 template <class Scalar, class Terms>
-void forward(const Operands<Scalar>& operands, const Terms& terms, const StreamPlan<Scalar>& plan,
-             const ForwardOutputs<Scalar>& outputs, const Workspace& workspace,
-             Executor* executor) {
-  using Accumulator = accumulator_t<Scalar>;
-  const Index rows = plan.shape.query_heads * plan.shape.queries;
-  const auto part_of = [&](Index item) {
-    Arena arena(workspace, static_cast<std::size_t>(item) * plan.bytes_per_item);
-    return SoftmaxRows<Accumulator>(arena, rows, plan.shape.value_dim);
-  };
-  share_items(executor, plan.workers_within(workspace), [&](Index worker, const auto& take) {
-    Arena arena = plan.arena_of(workspace, worker);
-    StreamBuffers<Accumulator> buffers(arena, plan.shape, plan.run);
-    StreamTask<Scalar, Terms> task(operands, terms, buffers);
-    for (Index item = take(); item < plan.items; item = take()) {
-      const Index first_key = item * plan.part;
-      task.run(first_key, std::min(plan.part, plan.shape.keys - first_key), plan.run,
-               part_of(item));
-    }
-  });
-  const SoftmaxRows<Accumulator> whole = part_of(0);
-  for (Index row = 0; row < rows; ++row) {
-    for (Index item = 1; item < plan.items; ++item) whole.merge(row, part_of(item));
-    whole.write(row, operands, terms, outputs, row / plan.shape.queries, row % plan.shape.queries);
+void write_rows(const Operands<Scalar>& operands, const Terms& terms,
+                const SoftmaxRows<accumulator_t<Scalar>>& rows,
+                const ForwardOutputs<Scalar>& outputs) {
+  const Shape& shape = operands.shape;
+  for (Index row = 0; row < shape.query_heads * shape.queries; ++row) {
+    rows.write(row, operands, terms, outputs, row / shape.queries, row % shape.queries);
   }
+}
+
+/// O = W·V and log_sum_exp of few queries: the items of one sequence that fall to one worker.
+template <class Scalar, class Terms, class Items>
+void forward(const Operands<Scalar>& operands, const Terms& terms, const StreamPlan<Scalar>& plan,
+             const ForwardOutputs<Scalar>& outputs, Arena shared, Arena own, const Items& items) {
+  StreamBuffers<accumulator_t<Scalar>> buffers(own, plan.shape, plan.run);
+  StreamTask<Scalar, Terms> task(operands, terms, buffers);
+  items([&](Index item) {
+    const Index first_key = item * plan.part;
+    task.run(first_key, std::min(plan.part, plan.shape.keys - first_key), plan.run,
+             plan.items > 1 ? plan.part_of(shared, item) : buffers.outs);
+  });
+  if (plan.items == 1) write_rows(operands, terms, buffers.outs, outputs);
+}
+
+/// Merges the parts of a sequence, in order, and writes every output once.
+template <class Scalar, class Terms>
+void finish_forward(const Operands<Scalar>& operands, const Terms& terms,
+                    const StreamPlan<Scalar>& plan, const ForwardOutputs<Scalar>& outputs,
+                    Arena shared) {
+  if (plan.items == 1) return;
+  const auto whole = plan.part_of(shared, 0);
+  for (Index item = 1; item < plan.items; ++item) {
+    const auto part = plan.part_of(shared, item);
+    for (Index row = 0; row < plan.rows(); ++row) whole.merge(row, part);
+  }
+  write_rows(operands, terms, whole, outputs);
 }
 
 }  // namespace surfattn::detail

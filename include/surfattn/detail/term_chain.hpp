@@ -212,6 +212,16 @@ class TermChain {
     });
   }
 
+  /// Whether tiles of different key/value heads add to the same numbers of a gradient.
+  bool adds_across_heads() const {
+    return any_direct([](const auto& term) { return term.adds_across_heads(); });
+  }
+
+  /// Whether tiles of different sequences do.
+  bool adds_across_sequences() const {
+    return any_direct([](const auto& term) { return term.adds_across_sequences(); });
+  }
+
   /// Calls use(index, term) for each trainable term whose gradient is wanted.
   template <class Use>
   void each_wanted_gradient(const Use& use) const {
@@ -266,6 +276,15 @@ class TermChain {
                                 rows.data + i * rows.row_stride,
                                 simd::padded<Accumulator>(tile.keys));
     }
+  }
+
+  template <class Predicate>
+  bool any_direct(const Predicate& predicate) const {
+    bool any = false;
+    each_wanted_gradient([&]<class T>(std::size_t, const T& term) {
+      if constexpr (DirectTrainable<T>) any |= predicate(term);
+    });
+    return any;
   }
 
   template <class Use>

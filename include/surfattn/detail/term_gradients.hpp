@@ -11,38 +11,56 @@
 
 namespace surfattn::detail {
 
-/// The sums that a chain of terms needs over a whole backward pass, each zero at its start. Rows are
-/// added to in the order of the blocks of keys, columns and items' sums have one writer, so that
-/// they have the same bits on any number of threads. Over an empty arena, their size.
-template <class Accumulator, class Terms>
-struct TermTotals {
-  Accumulator* items = nullptr;
-  Index item_stride = 0;
-  Accumulator* rows = nullptr;      ///< Σ_j dS_ij of the scores that the softmax takes
-  Accumulator* columns = nullptr;   ///< Σ_i of the same
-  Accumulator* raw_rows = nullptr;  ///< Σ_j dS_ij of the raw scores
+/// The sums that a chain of terms needs over the backward pass of a sequence, each 0 at its start.
+/// Rows are added to in the order of the blocks of keys, columns and items' sums have one writer, so
+/// that they have the same bits on any number of threads.
+template <class Accumulator>
+struct TermSums {
+  Index item_stride = 0;  ///< numbers of each item
   bool sums_rows = false;
   bool sums_columns = false;
   bool sums_raw_rows = false;
+  Index item_count = 0;
+  Index row_count = 0;
+  Index column_count = 0;
+  Accumulator* items = nullptr;
+  Accumulator* rows = nullptr;      ///< Σ_j dS_ij of the scores that the softmax takes
+  Accumulator* columns = nullptr;   ///< Σ_i of the same
+  Accumulator* raw_rows = nullptr;  ///< Σ_j dS_ij of the raw scores
 
-  /// `has_query_norms`: whether raw scores hold a number of their own for each query.
-  TermTotals(Arena& arena, const Terms& terms, const Shape& shape, Index items_of_pass,
-             bool has_query_norms)
-      : sums_raw_rows(Terms::needs_whole_scores && has_query_norms) {
+  /// `has_query_norms`: whether raw scores may hold a number of their own for each query.
+  template <class Terms>
+  TermSums(const Terms& terms, const Shape& shape, Index items_of_sequence, bool has_query_norms)
+      : sums_raw_rows(Terms::needs_whole_scores && has_query_norms),
+        item_count(items_of_sequence),
+        row_count(shape.query_heads * shape.queries),
+        column_count(shape.query_heads * shape.keys) {
     terms.each_wanted_gradient([&](std::size_t, const auto& term) {
       item_stride += term.sums_per_item(shape);
       sums_rows |= term.wants_row_sums();
       sums_columns |= term.wants_column_sums();
     });
-    const auto take = [&](bool wanted, Index count) {
-      Accumulator* numbers = wanted ? arena.take<Accumulator>(count) : nullptr;
-      if (numbers) std::fill(numbers, numbers + count, Accumulator(0));
-      return numbers;
+  }
+
+  /// Takes its place in memory; of an empty arena, only counts.
+  void take(Arena& arena) {
+    const auto place = [&](bool wanted, Index count) {
+      return wanted ? arena.take<Accumulator>(count) : nullptr;
     };
-    items = take(true, items_of_pass * item_stride);
-    rows = take(sums_rows, shape.query_heads * shape.queries);
-    columns = take(sums_columns, shape.query_heads * shape.keys);
-    raw_rows = take(sums_raw_rows, shape.query_heads * shape.queries);
+    items = place(item_stride > 0, item_count * item_stride);
+    rows = place(sums_rows, row_count);
+    columns = place(sums_columns, column_count);
+    raw_rows = place(sums_raw_rows, row_count);
+  }
+
+  void set_zero() const {
+    const auto clear = [](Accumulator* numbers, Index count) {
+      if (numbers) std::fill(numbers, numbers + count, Accumulator(0));
+    };
+    clear(items, item_count * item_stride);
+    clear(rows, row_count);
+    clear(columns, column_count);
+    clear(raw_rows, row_count);
   }
 };
 
@@ -79,7 +97,7 @@ class TermTask {
 
  public:
   TermTask(const Shape& shape, const Terms& terms, TermBuffers<Accumulator, Terms>& buffers,
-           const TermTotals<Accumulator, Terms>& totals, Index item)
+           const TermSums<Accumulator>& totals, Index item)
       : shape_(shape), terms_(terms), buffers_(buffers), totals_(totals), item_(item) {}
 
   const TermRecords<Accumulator, Terms::records>& records() const { return buffers_.records; }
@@ -154,7 +172,7 @@ class TermTask {
                      const Wait& wait) const {
     terms_.each_wanted_gradient([&]<class Term>(std::size_t index, const Term& term) {
       if constexpr (DirectTrainable<Term>) {
-        if (term.adds_across_heads()) wait();
+        if (term.adds_across_heads() || term.adds_across_sequences()) wait();
       }
       if constexpr (TileTrainable<Term>)
         term.add_gradient(tile, grad_scores, sums_of(index, tile.head));
@@ -173,16 +191,9 @@ class TermTask {
   const Shape& shape_;
   const Terms& terms_;
   TermBuffers<Accumulator, Terms>& buffers_;
-  const TermTotals<Accumulator, Terms>& totals_;
+  const TermSums<Accumulator>& totals_;
   Index item_;
 };
-
-template <class Terms>
-void begin_term_gradients(const Terms& terms) {
-  terms.each_wanted_gradient([]<class Term>(std::size_t, const Term& term) {
-    if constexpr (DirectTrainable<Term>) term.begin_gradient();
-  });
-}
 
 /// d logit_h = −Σ_i exp(logit_h − L_i)·D_i, with D_i = dO_i·O_i: a sink is a key whose value is 0.
 template <class Scalar, class Sink>
@@ -202,7 +213,7 @@ void add_sink_gradient(const Operands<Scalar>& operands, const Upstream<Scalar>&
       const bool counts = logit != simd::minus_infinity<Accumulator>;
       if (counts) total += std::exp(logit - log_sum_exp) * delta;
     }
-    sink.set_gradient(head, -total);
+    sink.add_gradient(head, -total);
   }
 }
 
@@ -228,16 +239,15 @@ void add_query_norm_gradient(const Operands<Scalar>& operands,
   }
 }
 
-/// What is left to do when every item is done: gradients of parameters from their sums, and what
-/// the norms of the queries add to dQ.
+/// What is left to do when every item of a sequence is done: gradients of parameters from their
+/// sums, and what the norms of the queries add to dQ.
 template <class Scalar, class Terms>
 void finish_term_gradients(const Operands<Scalar>& operands, const Terms& terms,
-                           const TermTotals<accumulator_t<Scalar>, Terms>& totals, Index items,
+                           const TermSums<accumulator_t<Scalar>>& totals,
                            const Upstream<Scalar>& upstream, MatrixView<Scalar> grad_queries) {
-  using Accumulator = accumulator_t<Scalar>;
-  GradientSums<Accumulator> sums{operands.shape,     items,       totals.items,
-                                 totals.item_stride, totals.rows, totals.columns};
-  terms.each_wanted_gradient([&]<class Term>(std::size_t, const Term& term) {
+  GradientSums<accumulator_t<Scalar>> sums{operands.shape,     totals.item_count, totals.items,
+                                           totals.item_stride, totals.rows,       totals.columns};
+  terms.each_wanted_gradient([&](std::size_t, const auto& term) {
     term.finish_gradient(sums);
     sums.of_items += term.sums_per_item(operands.shape);
   });
@@ -245,7 +255,9 @@ void finish_term_gradients(const Operands<Scalar>& operands, const Terms& terms,
     if (sink.wants_gradient()) add_sink_gradient(operands, upstream, sink);
   });
   if constexpr (Terms::needs_whole_scores) {
-    if (totals.sums_raw_rows) add_query_norm_gradient(operands, totals.raw_rows, grad_queries);
+    const bool has_norms = operands.query_norm_weight != accumulator_t<Scalar>(0);
+    if (totals.raw_rows && has_norms)
+      add_query_norm_gradient(operands, totals.raw_rows, grad_queries);
   }
 }
 

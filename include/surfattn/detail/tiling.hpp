@@ -27,30 +27,31 @@ constexpr Index tile_rows(Index wanted, Index width) {
   return std::clamp(fitting / multiple * multiple, multiple, wanted);
 }
 
-/// The rows of one task: as many as `most`, or fewer so that a problem of `rows` rows gives several
-/// threads something to do. A function of the problem alone, so that the bits of a result do not
-/// depend on the number of threads.
-constexpr Index task_rows(Index rows, Index tile, Index most) {
-  constexpr Index tasks = 4;
-  const Index share = (rows / tasks + tile - 1) / tile * tile;
-  return std::clamp(share, tile, std::max(tile, most));
+/// Rows of one of `tasks` tasks, whole tiles and at most `most`.
+constexpr Index task_rows(Index rows, Index tasks, Index tile, Index most) {
+  return std::clamp(simd::rounded_up(rows / tasks, tile), tile, std::max(tile, most));
 }
 
 /// Measured on AVX-512: long rows of scores pay for what the softmax does once for each row, and
-/// large blocks for packing the keys.
+/// large blocks for packing the keys. The rows of the output do not depend on each other, so the
+/// block may depend on the number of workers and the bits do not.
 template <class Scalar>
-Tiling forward_tiling(const Shape& shape) {
-  constexpr Index query_tile = 64;
-  const Index most = 1024 / shape.group() / query_tile * query_tile;
+Tiling forward_tiling(const Shape& shape, Index workers) {
+  constexpr Index query_tile = 64, most = 2048, tasks_per_worker = 2;
+  const Index tasks = workers == 1 ? 1 : tasks_per_worker * workers;
   return {query_tile, tile_rows<Scalar>(512, std::max(shape.head_dim, shape.value_dim)),
-          task_rows(shape.queries * shape.key_value_heads, query_tile, most)};
+          task_rows(shape.queries * shape.key_value_heads, tasks, query_tile,
+                    most / shape.group() / query_tile * query_tile)};
 }
 
+/// Blocks of keys add to the same gradients of queries, in an order that must not depend on the
+/// number of workers: cut by the problem alone, so that several threads have something to do.
 template <class Scalar>
 Tiling backward_tiling(const Shape& shape) {
+  constexpr Index tasks = 4;
   const Index keys = tile_rows<Scalar>(256, std::max(shape.head_dim, shape.value_dim));
   return {std::min<Index>(keys, 128), keys,
-          task_rows(shape.keys * shape.key_value_heads, keys, 4 * keys)};
+          task_rows(shape.keys * shape.key_value_heads, tasks, keys, 4 * keys)};
 }
 
 /// Rows of a score tile are this far apart: room for whole panels, and an odd number of cache lines

@@ -9,7 +9,8 @@
 
 namespace surfattn::detail {
 
-/// Items of work, and the workspace: a part that all workers share, then one part for each worker.
+/// Items of work of all sequences of a batch, one sequence after the other, and the workspace: a
+/// part that all workers share, then one part for each worker.
 struct WorkPlan {
   Index items = 0;
   Index workers = 1;  ///< how many are of use
@@ -27,6 +28,15 @@ struct WorkPlan {
     Index count = workers;
     while (count > 1 && size_for(count) > workspace.size()) --count;
     return count;
+  }
+
+  /// Takes in the plan of the next sequence. Workers go from sequence to sequence with the same
+  /// memory; what they share has its own place for each.
+  template <class SequencePlan>
+  void add(const SequencePlan& sequence) {
+    items += sequence.items;
+    shared_bytes += sequence.shared_bytes();
+    bytes_per_worker = std::max(bytes_per_worker, sequence.bytes_per_worker());
   }
 
   Arena arena_of(const Workspace& workspace, Index worker) const {

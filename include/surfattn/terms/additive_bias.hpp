@@ -16,6 +16,9 @@ namespace surfattn {
 ///  * Tq × (Hq·Tk), a block of columns for each query head: B(i, h·Tk + j), or
 ///  * 1 × Tk or 1 × (Hq·Tk), for all queries (summed over queries).
 ///
+/// Sequences of a batch share it (its gradient is the sum over them), if they have one length; or it
+/// has a row for each query of the whole batch, packed as the queries are.
+///
 /// A bias of −∞ hides the pair as a mask does, by selection: nothing behind it reaches a result, its
 /// gradient is 0, and tiles that it leaves empty are skipped. A NaN, or +∞, gives NaN to the whole
 /// row. The gradient is a matrix of the bias's shape; of 16-bit numbers it is summed over heads in
@@ -37,7 +40,15 @@ class AdditiveBias : public detail::TrainableTerm<AdditiveBias<Element>, Element
     check_shape(shape, require);
     this->check_gradient_shape(require, "AdditiveBias");
     AdditiveBias bound = *this;
-    bound.has_queries_ = this->parameters_.rows == shape.queries;
+    bound.has_queries_ =
+        this->parameters_.rows == shape.queries || this->parameters_.rows == shape.packed_queries;
+    bound.has_sequences_ = this->parameters_.rows != shape.queries;
+    if (bound.has_queries_) {
+      bound.parameters_ =
+          detail::sequence_rows(this->parameters_, shape.queries, shape.first_query);
+      if (this->wants_gradient())
+        bound.gradient_ = detail::sequence_rows(this->gradient_, shape.queries, shape.first_query);
+    }
     bound.has_heads_ = this->parameters_.cols == shape.query_heads * shape.keys;
     bound.shape_ = shape;
     return bound;
@@ -79,11 +90,8 @@ class AdditiveBias : public detail::TrainableTerm<AdditiveBias<Element>, Element
   bool adds_across_heads() const {
     return has_queries_ && !has_heads_ && shape_.key_value_heads > 1;
   }
-
-  void begin_gradient() const {
-    for (Index i = 0; i < this->gradient_.rows; ++i) {
-      for (Index j = 0; j < this->gradient_.cols; ++j) this->gradient_(i, j) = Element(0);
-    }
+  bool adds_across_sequences() const {
+    return has_queries_ && !has_sequences_ && shape_.sequences.count() > 1;
   }
 
   template <class Accumulator>
@@ -106,7 +114,7 @@ class AdditiveBias : public detail::TrainableTerm<AdditiveBias<Element>, Element
         Accumulator total(0);
         for (Index h = head * summed; h < (head + 1) * summed; ++h)
           total += sums.of_columns[h * shape_.keys + j];
-        this->gradient_(0, head * shape_.keys + j) = static_cast<Element>(total);
+        detail::add_to_entry(this->gradient_(0, head * shape_.keys + j), total);
       }
     }
   }
@@ -114,14 +122,27 @@ class AdditiveBias : public detail::TrainableTerm<AdditiveBias<Element>, Element
  private:
   void check_shape(const detail::Shape& shape, const detail::Require& require) const {
     const detail::Extent actual = this->parameter_extent();
-    const bool rows = actual.rows == shape.queries || actual.rows == 1,
+    const bool rows = actual.rows == shape.queries || actual.rows == shape.packed_queries ||
+                      actual.rows == 1,
                cols = actual.cols == shape.keys || actual.cols == shape.query_heads * shape.keys;
-    if (rows && cols) return;
+    if (rows && cols) return check_lengths(shape, actual, require);
     require.fail(
         "AdditiveBias is " + detail::words(actual) + " but must be " +
         detail::words({shape.queries, shape.keys}) + " or " +
         detail::words({shape.queries, shape.query_heads * shape.keys}) +
         " (queries × keys, for all heads or for each), or one row of these for all queries");
+  }
+
+  /// A bias that all sequences of a batch share has one shape, and so have they.
+  static void check_lengths(const detail::Shape& shape, detail::Extent actual,
+                            const detail::Require& require) {
+    const Index count = shape.sequences.count();
+    const bool is_shared = actual.rows == shape.queries && actual.rows != shape.packed_queries;
+    const bool have_one_length =
+        shape.queries * count == shape.packed_queries && shape.keys * count == shape.packed_keys;
+    if (!is_shared || have_one_length) return;
+    require.fail("AdditiveBias is " + detail::words(actual) +
+                 ", one bias for all sequences, but these differ in length");
   }
 
   /// The tile's part of the bias or of its gradient.
@@ -132,8 +153,9 @@ class AdditiveBias : public detail::TrainableTerm<AdditiveBias<Element>, Element
         .block_cols((has_heads_ ? tile.head * shape_.keys : 0) + tile.first_key, tile.keys);
   }
 
-  bool has_queries_ = false;  ///< differs from query to query
-  bool has_heads_ = false;    ///< differs from head to head
+  bool has_queries_ = false;    ///< differs from query to query
+  bool has_heads_ = false;      ///< differs from head to head
+  bool has_sequences_ = false;  ///< has rows of its own for each sequence
   detail::Shape shape_;
 };
 

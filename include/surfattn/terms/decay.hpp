@@ -19,7 +19,8 @@ namespace surfattn {
 /// where Tq = Tk. Where every gate is the same this is exponential decay. A key after the query would
 /// gain what one before it loses: list Causal as well.
 ///
-/// A view of the cumulative log gates, Tk × Hq, or Tk × 1 for all heads, at every position a query
+/// A view of the cumulative log gates, Tk × Hq, or Tk × 1 for all heads (of a batch: those of each of
+/// its sequences, or of all tokens packed as they are), at every position a query
 /// stands at (Tq ≤ Tk, or a top-left alignment with no query beyond the last key). The gradient, of the same
 /// shape, is dF(t, h) = Σ_j dS_ij at the query with p_i = t, less Σ_i dS_it.
 /// `cumulative_log_gates` forms F and `log_gate_gradient` takes its gradient back to the gates.
@@ -36,13 +37,17 @@ class ForgetGate : public detail::TrainableTerm<ForgetGate<Element>, Element> {
 
   ForgetGate bind(const detail::Shape& shape, const detail::Require& require) const {
     const detail::Extent actual = this->parameter_extent();
-    if (actual.rows != shape.keys || (actual.cols != 1 && actual.cols != shape.query_heads)) {
+    const bool rows = actual.rows == shape.keys || actual.rows == shape.packed_keys;
+    if (!rows || (actual.cols != 1 && actual.cols != shape.query_heads)) {
       require.fail("ForgetGate is " + detail::words(actual) + " but must be " +
                    detail::words({shape.keys, shape.query_heads}) + " or " +
                    detail::words({shape.keys, 1}) + " (keys × query heads, or one for all heads)");
     }
     this->check_gradient_shape(require, "ForgetGate");
     ForgetGate bound = *this;
+    bound.parameters_ = detail::sequence_rows(this->parameters_, shape.keys, shape.first_key);
+    if (this->wants_gradient())
+      bound.gradient_ = detail::sequence_rows(this->gradient_, shape.keys, shape.first_key);
     bound.first_position_ = detail::first_position("ForgetGate", align_, shape, require);
     if (bound.first_position_ < 0 || bound.first_position_ + shape.queries > shape.keys) {
       require.fail("ForgetGate needs a gate at the position of every query, but queries is " +
@@ -83,7 +88,7 @@ class ForgetGate : public detail::TrainableTerm<ForgetGate<Element>, Element> {
             total += sums.of_rows[head * shape.queries + query];
           total -= sums.of_columns[head * shape.keys + j];
         }
-        this->gradient_(j, c) = static_cast<Element>(total);
+        detail::add_to_entry(this->gradient_(j, c), total);
       }
     }
   }
@@ -126,7 +131,8 @@ Matrix<detail::scalar_t<Derived>> log_gate_gradient(const Derived& grad_cumulati
 /// Exponential decay with time, for tokens at irregular times: S_ij ← S_ij − λ_h·|t_i − t_j|, with a
 /// rate λ_h for each query head, in one over the unit of the times; its gradient is
 /// dλ_h = −Σ_ij dS_ij·|t_i − t_j|. Views of a row or column of Hq rates and of rows or columns of Tq
-/// and Tk times; the gradient has the shape of the rates. A time behind a mask may be anything.
+/// and Tk times (of a batch: of each of its sequences, or of all tokens packed as they are); the
+/// gradient has the shape of the rates. A time behind a mask may be anything.
 template <class Element, class Time>
 class TimeDecay : public detail::TrainableTerm<TimeDecay<Element, Time>, Element> {
  public:
@@ -139,9 +145,12 @@ class TimeDecay : public detail::TrainableTerm<TimeDecay<Element, Time>, Element
 
   TimeDecay bind(const detail::Shape& shape, const detail::Require& require) const {
     this->check_one_per_head(require, "TimeDecay", shape);
-    check_times(require, "query_times", detail::extent(query_times_), shape.queries);
-    check_times(require, "key_times", detail::extent(key_times_), shape.keys);
-    return *this;
+    TimeDecay bound = *this;
+    bound.query_times_ = times_of(require, "query_times", query_times_, shape.queries,
+                                  shape.first_query, shape.packed_queries);
+    bound.key_times_ =
+        times_of(require, "key_times", key_times_, shape.keys, shape.first_key, shape.packed_keys);
+    return bound;
   }
 
   template <class Accumulator>
@@ -175,13 +184,20 @@ class TimeDecay : public detail::TrainableTerm<TimeDecay<Element, Time>, Element
   template <class Accumulator>
   void finish_gradient(const detail::GradientSums<Accumulator>& sums) const {
     for (Index head = 0; head < sums.shape.query_heads; ++head)
-      detail::entry(this->gradient_, head) = static_cast<Element>(sums.of_head(head, 0, 1));
+      detail::add_to_entry(detail::entry(this->gradient_, head), sums.of_head(head, 0, 1));
   }
 
  private:
-  static void check_times(const detail::Require& require, const char* name, detail::Extent actual,
-                          Index count) {
-    if (actual == detail::Extent{1, count} || actual == detail::Extent{count, 1}) return;
+  using Times = detail::MatrixView<const Time>;
+
+  /// The times of a sequence, of which there are `count`, out of these or of those of a batch.
+  static Times times_of(const detail::Require& require, const char* name, Times times, Index count,
+                        Index first, Index packed_count) {
+    const detail::Extent actual = detail::extent(times);
+    if (times.rows == 1 && times.cols != 1)
+      times = {times.data, times.cols, 1, times.col_stride, times.col_stride};
+    if (times.cols == 1 && (times.rows == count || times.rows == packed_count))
+      return detail::sequence_rows(times, count, first);
     require.fail("TimeDecay's " + std::string(name) + " must be " + detail::words({count, 1}) +
                  " or " + detail::words({1, count}) + ", but it is " + detail::words(actual));
   }
@@ -189,15 +205,15 @@ class TimeDecay : public detail::TrainableTerm<TimeDecay<Element, Time>, Element
   /// Calls use(j, |t_i − t_j|), the difference formed in the precision of the times.
   template <class Accumulator, class Use>
   void for_each_distance(const Tile& tile, Index i, const Use& use) const {
-    const Time at_query = detail::entry(query_times_, tile.first_query + i);
+    const Time at_query = query_times_(tile.first_query + i, 0);
     for (Index j = 0; j < tile.keys; ++j) {
-      const Time difference = at_query - detail::entry(key_times_, tile.first_key + j);
+      const Time difference = at_query - key_times_(tile.first_key + j, 0);
       use(j, static_cast<Accumulator>(std::abs(difference)));
     }
   }
 
-  detail::MatrixView<const Time> query_times_;
-  detail::MatrixView<const Time> key_times_;
+  Times query_times_;
+  Times key_times_;
 };
 
 template <detail::StoredMatrix Rates, detail::StoredMatrix QueryTimes,

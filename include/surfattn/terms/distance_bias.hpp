@@ -98,7 +98,7 @@ struct AlibiFunction {
   template <class Accumulator>
   void finish_gradient(const GradientSums<Accumulator>& sums) const {
     for (Index head = 0; head < sums.shape.query_heads; ++head)
-      entry(gradient, head) = static_cast<Element>(sums.of_head(head, 0, 1));
+      add_to_entry(entry(gradient, head), sums.of_head(head, 0, 1));
   }
 };
 
@@ -147,7 +147,7 @@ struct RelativePositionFunction {
   void finish_gradient(const GradientSums<Accumulator>& sums) const {
     for (Index head = 0; head < sums.shape.query_heads; ++head) {
       for (Index bucket = 0; bucket < table.rows; ++bucket)
-        gradient(bucket, head) = static_cast<Element>(sums.of_head(head, bucket, table.rows));
+        add_to_entry(gradient(bucket, head), sums.of_head(head, bucket, table.rows));
     }
   }
 };

@@ -52,13 +52,13 @@ struct BoundDropout {
 ///
 /// Which weights are dropped is a function of seed, offset, sequence, query head, query and key
 /// alone (Philox4x32-10), the same forward and backward, for every tiling and on any number of
-/// threads. Give every call of a training run its own offset, and every sequence of a batch its own
-/// number.
+/// threads. Sequences of a batch are numbered from `first_sequence` on. Give every call of a training
+/// run its own offset.
 struct Dropout {
   double probability = 0;    ///< p, in [0, 1)
   std::uint64_t seed = 0;    ///< of the run
   std::uint64_t offset = 0;  ///< of the call: step and layer, say
-  Index sequence = 0;        ///< of the batch
+  Index first_sequence = 0;  ///< number of the first sequence of the call
 
   detail::BoundDropout bind(const detail::Shape& shape, const detail::Require& require) const {
     if (!(probability >= 0 && probability < 1)) {
@@ -67,6 +67,7 @@ struct Dropout {
     }
     constexpr std::uint64_t words = std::uint64_t(1) << 32;
     const auto fits = [](Index count) { return static_cast<std::uint64_t>(count) <= words; };
+    const Index sequence = first_sequence + shape.sequence;
     if (!fits(sequence) || !fits(shape.queries) || !fits(shape.keys / 4)) {
       require.fail(
           "Dropout counts at most 2³² sequences and queries and 2³⁴ keys, but sequence is " +

@@ -180,8 +180,8 @@ class Temperature : public detail::TrainableTerm<Temperature<Element>, Element> 
   template <class Accumulator>
   void finish_gradient(const detail::GradientSums<Accumulator>& sums) const {
     for (Index head = 0; head < sums.shape.query_heads; ++head) {
-      detail::entry(this->gradient_, head) = static_cast<typename Base::ParameterScalar>(
-          sums.of_head(head, 0, 1) * detail::simd::ln_2<Accumulator>);
+      detail::add_to_entry(detail::entry(this->gradient_, head),
+                           sums.of_head(head, 0, 1) * detail::simd::ln_2<Accumulator>);
     }
   }
 

@@ -35,6 +35,13 @@ class TrainableTerm {
     return term;
   }
 
+  /// Sets the gradient to 0, before a backward pass adds to it.
+  void clear_gradient() const {
+    for (Index i = 0; i < gradient_.rows; ++i) {
+      for (Index j = 0; j < gradient_.cols; ++j) gradient_(i, j) = ParameterScalar(0);
+    }
+  }
+
   /// Rows and columns of the parameters, and so of their gradient.
   Extent parameter_extent() const { return extent(parameters_); }
 
@@ -75,6 +82,18 @@ Element& entry(MatrixView<Element> numbers, Index index) {
   return numbers.rows == 1 ? numbers(0, index) : numbers(index, 0);
 }
 
+/// Adds to a number of a gradient.
+template <class Element, class Accumulator>
+void add_to_entry(Element& entry, Accumulator added) {
+  entry = static_cast<Element>(static_cast<Accumulator>(entry) + added);
+}
+
+/// The rows that belong to one sequence: all, or its part of the rows of a whole batch.
+template <class Element>
+MatrixView<Element> sequence_rows(MatrixView<Element> matrix, Index rows, Index first) {
+  return matrix.rows == rows ? matrix : matrix.block_rows(first, rows);
+}
+
 /// A term whose gradient the returning functions give.
 template <class T>
 concept TrainableTermType = requires(const T& term,
@@ -82,6 +101,12 @@ concept TrainableTermType = requires(const T& term,
   { term.gradient_into(gradient) } -> std::same_as<T>;
   { term.parameter_extent() } -> std::same_as<Extent>;
   { term.wants_gradient() } -> std::same_as<bool>;
+  term.clear_gradient();
 };
+
+template <class Term>
+void clear_gradient(const Term& term) {
+  if constexpr (requires { term.clear_gradient(); }) term.clear_gradient();
+}
 
 }  // namespace surfattn::detail

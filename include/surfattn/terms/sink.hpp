@@ -38,8 +38,8 @@ class Sink : public detail::TrainableTerm<Sink<Element>, Element> {
   }
 
   template <class Accumulator>
-  void set_gradient(Index head, Accumulator gradient) const {
-    detail::entry(this->gradient_, head) = static_cast<Element>(gradient);
+  void add_gradient(Index head, Accumulator gradient) const {
+    detail::add_to_entry(detail::entry(this->gradient_, head), gradient);
   }
 };
 

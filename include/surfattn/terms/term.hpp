@@ -137,7 +137,7 @@ template <class T>
 concept SoftmaxSink = requires(const T& term, Index head, float gradient) {
   { term.template logit<float>(head) } -> std::same_as<float>;
   { term.wants_gradient() } -> std::same_as<bool>;
-  term.set_gradient(head, gradient);
+  term.add_gradient(head, gradient);
 };
 
 /// A bound term that multiplies weights by factors of its own, 0 where it drops one.
@@ -169,7 +169,8 @@ struct GradientSums {
   }
 };
 
-/// A bound term whose gradient is formed from sums. It is asked only where somebody wants that gradient
+/// A bound term whose gradient is formed from sums. It is bound to each sequence of a batch and adds
+/// to a gradient that was 0 before, sequence by sequence. It is asked only where somebody wants that gradient
 /// (`wants_gradient`), and then for what it needs: so many numbers for each item of work, and
 /// whether the sums of dS along its rows or down its columns.
 template <class T>
@@ -188,12 +189,13 @@ concept TileTrainable = requires(const T& term, const Tile& tile, simd::Tile<flo
   term.add_gradient(tile, gradients, sums);
 };
 
-/// One that adds to its gradient itself, tile by tile; where that sums over key/value heads
-/// (`adds_across_heads`), the engine sees to their order.
+/// One that adds to its gradient itself, tile by tile. Where tiles of different key/value heads add
+/// to the same numbers, or those of different sequences of a batch, which then have one shape, the
+/// engine sees to their order.
 template <class T>
 concept DirectTrainable = requires(const T& term) {
   { term.adds_across_heads() } -> std::same_as<bool>;
-  term.begin_gradient();
+  { term.adds_across_sequences() } -> std::same_as<bool>;
 };
 
 template <class T>

@@ -18,14 +18,15 @@ inline constexpr Scalar log2_e = Scalar(1.44269504088896340735992468100189214L);
 template <class Scalar>
 inline constexpr Scalar ln_2 = Scalar(0.693147180559945309417232121458176568L);
 
-/// The coefficients of r, r², … in the polynomial 1 + … of least relative error to 2ʳ for |r| ≤ ½
-/// (found by Remez' algorithm): 2.6·10⁻⁹ for float and 1.8·10⁻¹⁷ for double.
+/// The coefficients of r, r², … in the polynomial 1 + … that is 2ʳ for |r| ≤ ½: of least relative
+/// error for double, 1.8·10⁻¹⁷ (found by Remez' algorithm); for float, where 2⁻²⁴ is 6·10⁻⁸, of
+/// least error when evaluated in float, 10⁻⁷ before rounding (Remez' for that degree, then a search
+/// among the floats nearby).
 template <class Scalar>
 inline constexpr Scalar exp2_polynomial[] = {};
 template <>
 inline constexpr float exp2_polynomial<float>[] = {
-    6.93147214967940850e-1f, 2.40226527828820341e-1f, 5.55031055117842162e-2f,
-    9.61769297496295125e-3f, 1.34066438505444914e-3f, 1.55946774086013537e-4f};
+    6.931470037e-01f, 2.402226031e-01f, 5.550718680e-02f, 9.670581669e-03f, 1.326440135e-03f};
 template <>
 inline constexpr double exp2_polynomial<double>[] = {
     6.93147180559945730316e-1, 2.40226506959100971628e-1, 5.55041086647903927909e-2,
@@ -33,31 +34,53 @@ inline constexpr double exp2_polynomial<double>[] = {
     1.52527273851524195690e-5, 1.32154426752670153164e-6, 1.01806476748837103971e-7,
     7.07257042305957473957e-9, 4.07806977803878487017e-10};
 
-/// 2ˣ for x ≤ 127 (float) or x ≤ 1023 (double): a softmax takes it of differences to a maximum.
+/// The integer that `exp2` takes from the exponents, at most `exp2_origin_limit` in magnitude.
 ///
-/// x = n + r with n an integer and |r| ≤ ½, exactly; a polynomial in r; times 2ⁿ, whose bits are n
-/// in the exponent. At most 2 ulp from −126 (float) or −1022 (double) on; where n is one less, or
-/// would be, those bits spell 0, so that smaller arguments and −∞ give exactly 0: a masked weight
-/// is exactly 0. 2⁰ is exactly 1, and NaN gives NaN. Where the target has no vectors, std::exp2.
+/// Adding 1.5·2^(digits − 1) to a number rounds it to an integer that stands in its low bits. The
+/// origin and the bias of the exponent go into the same addend, so that taking the origin away costs
+/// nothing.
+template <class Scalar>
+struct Exp2Origin {
+  Packet<Scalar> addend;
+  Packet<Scalar> smallest;  ///< arguments below, whose powers of two underflow, count as this one
+
+  SURFATTN_ALWAYS_INLINE explicit Exp2Origin(Scalar origin) {
+    using Limits = std::numeric_limits<Scalar>;
+    constexpr Scalar bias = Scalar(Limits::max_exponent - 1);
+    constexpr Scalar rounding = Scalar(3) * Scalar(std::uint64_t(1) << (Limits::digits - 2));
+    addend = broadcast(lanes<Scalar> == 1 ? -origin : rounding + bias - origin);
+    smallest = broadcast(origin - bias);
+  }
+};
+
+/// Up to here the addend of an Exp2Origin is exact.
+template <class Scalar>
+inline constexpr Scalar exp2_origin_limit = Scalar(std::uint64_t(1)
+                                                   << (std::numeric_limits<Scalar>::digits - 3));
+
+/// 2^(x − origin) for x − origin ≤ 127 (float) or 1023 (double): a softmax takes it of scores, less
+/// a number that none of them passes.
+///
+/// x = n + r with n an integer and |r| ≤ ½, exactly; a polynomial in r; times 2^(n − origin), whose
+/// bits are n − origin in the exponent. At most 2 ulp where x − origin is −126 (float) or −1022
+/// (double) or more; where n − origin is one less, or would be, those bits spell 0, so that smaller
+/// arguments and −∞ give exactly 0: a masked weight is exactly 0. 2⁰ is exactly 1, and NaN gives
+/// NaN. Where the target has no vectors, std::exp2.
 ///
 /// Takes several packets at once, and each step for all of them before the next: the steps of one
 /// packet wait for each other, those of different packets do not.
 template <class Scalar, int Count>
-SURFATTN_ALWAYS_INLINE void exp2(Packet<Scalar> (&x)[Count]) {
+SURFATTN_ALWAYS_INLINE void exp2(Packet<Scalar> (&x)[Count], const Exp2Origin<Scalar>& origin) {
   if constexpr (lanes<Scalar> == 1) {
-    for (auto& number : x) number = std::exp2(number);
+    for (auto& number : x) number = std::exp2(number + origin.addend);
   } else {
-    constexpr int digits = std::numeric_limits<Scalar>::digits;
-    const auto magic = broadcast(
-        Scalar(3) * Scalar(std::uint64_t(1) << (digits - 2)));  // adding it rounds to an integer
-    const auto smallest = broadcast(Scalar(std::numeric_limits<Scalar>::min_exponent - 2));
     Packet<Scalar> biased[Count], y[Count];
     SURFATTN_UNROLL
-    for (int i = 0; i < Count; ++i) x[i] = maximum(x[i], smallest);
+    for (int i = 0; i < Count; ++i) x[i] = maximum(x[i], origin.smallest);
     SURFATTN_UNROLL
-    for (int i = 0; i < Count; ++i) biased[i] = add(x[i], magic);
+    for (int i = 0; i < Count; ++i) biased[i] = add(x[i], origin.addend);
     SURFATTN_UNROLL
-    for (int i = 0; i < Count; ++i) x[i] = subtract(x[i], subtract(biased[i], magic));
+    for (int i = 0; i < Count; ++i) x[i] = subtract(x[i], subtract(biased[i], origin.addend));
     constexpr auto& coefficients = exp2_polynomial<Scalar>;
     constexpr int degree = int(std::size(coefficients));
     SURFATTN_UNROLL

@@ -127,17 +127,15 @@ struct SquareBlock {
 #pragma GCC diagnostic pop
 #endif
 
-/// 2ⁿ for n in the exponent's normal range, where `biased` = n + 1.5·2^(digits − 1): the integer n
-/// then lies in the low bits of that number, and a shift puts it into the exponent. For targets
-/// that have vectors.
+/// 2ⁿ for n in the exponent's range, where `biased` = n + exponent_bias + 1.5·2^(digits − 1): the
+/// exponent's bits then lie in the low bits of that number, and a shift puts them in their place. For
+/// targets that have vectors.
 template <class Scalar>
 SURFATTN_ALWAYS_INLINE Packet<Scalar> power_of_two(Packet<Scalar> biased) {
   using Integer = std::conditional_t<sizeof(Scalar) == 4, std::uint32_t, std::uint64_t>;
   typedef Integer Integers __attribute__((vector_size(sizeof(Packet<Scalar>))));
   constexpr int fraction_bits = std::numeric_limits<Scalar>::digits - 1;
-  constexpr Integer one = Integer(std::numeric_limits<Scalar>::max_exponent - 1) << fraction_bits;
-  return __builtin_bit_cast(Packet<Scalar>,
-                            (__builtin_bit_cast(Integers, biased) << fraction_bits) + one);
+  return __builtin_bit_cast(Packet<Scalar>, __builtin_bit_cast(Integers, biased) << fraction_bits);
 }
 
 }  // namespace surfattn::detail::simd

@@ -32,6 +32,19 @@ SURFATTN_ALWAYS_INLINE Packet<Scalar> gather(const Source* from, Index stride, I
   return load(numbers);
 }
 
+/// How many rows ahead to ask for.
+inline constexpr Index prefetch_distance = 16;
+
+/// Asks for rows that will be read soon. Rows of one head lie as far apart as the whole token is
+/// wide, where no prefetcher of the hardware follows.
+template <class Source>
+SURFATTN_ALWAYS_INLINE void prefetch_rows(MatrixView<const Source> rows, Index first, Index count) {
+  constexpr Index line = std::max<Index>(1, 64 / static_cast<Index>(sizeof(Source)));
+  for (Index i = first; i < std::min(first + count, rows.rows); ++i) {
+    for (Index c = 0; c < rows.cols; c += line) __builtin_prefetch(&rows(i, c));
+  }
+}
+
 /// source·factor, row by row, as a left operand: rows are padded(source.cols) apart, padded with
 /// zeros.
 template <class Scalar, class Source>
@@ -47,25 +60,58 @@ void pack_rows(MatrixView<const Source> source, Scalar factor, Scalar* to) {
   }
 }
 
-/// The transpose of `source` as a right operand: depth = source.cols, one column for each of its
-/// rows. Works in square blocks of packets.
-template <class Scalar, class Source>
-void pack_transposed(MatrixView<const Source> source, Scalar* to) {
-  constexpr Index width = panel_width<Scalar>, side = lanes<Scalar>;
-  for (Index first = 0; first < padded<Scalar>(source.rows); first += side) {
+/// source·factor by columns, in panels of `width` rows, a multiple of lanes, the last one padded
+/// with zeros: row r and column c goes to `to` + r / width·width·source.cols + c·width + r % width.
+/// Works in square blocks of packets.
+template <Index width, class Scalar, class Source>
+void pack_columns(MatrixView<const Source> source, Scalar factor, Scalar* to) {
+  constexpr Index side = lanes<Scalar>;
+  const auto multiplier = broadcast(factor);
+  for (Index first = 0; first < rounded_up(source.rows, width); first += side) {
+    prefetch_rows(source, first + side, side);
     Scalar* column = to + first / width * width * source.cols + first % width;
     for (Index c = 0; c < source.cols; c += side) {
       SquareBlock<Scalar> block;
       for (Index row = 0; row < side; ++row) {
-        block[row] = first + row < source.rows ? gather<Scalar>(&source(first + row, c),
-                                                                source.col_stride, source.cols - c)
-                                               : broadcast(Scalar(0));
+        block[row] = first + row < source.rows
+                         ? multiply(multiplier, gather<Scalar>(&source(first + row, c),
+                                                               source.col_stride, source.cols - c))
+                         : broadcast(Scalar(0));
       }
       block.transpose();
       const Index count = std::min(side, source.cols - c);
       for (Index row = 0; row < count; ++row) store(column + (c + row) * width, block[row]);
     }
   }
+}
+
+/// The transpose of `source` as a right operand: depth = source.cols, one column for each of its
+/// rows.
+template <class Scalar, class Source>
+void pack_transposed(MatrixView<const Source> source, Scalar* to) {
+  pack_columns<panel_width<Scalar>>(source, Scalar(1), to);
+}
+
+/// source·factor as a left operand, by columns; takes `packed_left_size` numbers.
+template <class Scalar, class Source>
+void pack_left(MatrixView<const Source> source, Scalar factor, Scalar* to) {
+  pack_columns<left_width<Scalar>>(source, factor, to);
+}
+
+template <class Scalar>
+constexpr Index packed_left_size(Index rows, Index cols) {
+  return rounded_up(rows, left_width<Scalar>) * cols;
+}
+
+/// `rows` rows, from `row` on, of what `pack_left` has packed: from the first of a panel on, or all in
+/// one panel.
+template <class Scalar>
+ColumnsOperand<Scalar> packed_left(const Scalar* packed, Index cols, Index row,
+                                   [[maybe_unused]] Index rows) {
+  constexpr Index width = left_width<Scalar>;
+  eigen_assert(row % width == 0 || row % width + rows <= width);
+  const ColumnsOperand<Scalar> all{packed, width, width * cols};
+  return {all.from(row), all.stride, all.panel_stride};
 }
 
 /// source·factor as a right operand: depth = source.rows. Row k of panel p goes to `to` +
@@ -77,6 +123,7 @@ void pack_panels(MatrixView<const Source> source, Scalar factor, Scalar* to, Ind
   const auto multiplier = broadcast(factor), zero = broadcast(Scalar(0));
   non_finite.count = 0;
   for (Index k = 0; k < source.rows; ++k, to += width) {
+    prefetch_rows(source, k + prefetch_distance, 1);
     const Source* from = source.row(k);
     const auto at = [&](Index c) { return to + c / width * panel_stride + c % width; };
     auto zeros = zero;  // x·0 is 0 for every finite x and NaN for the others

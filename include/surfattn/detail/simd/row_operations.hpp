@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <cmath>
 #include <limits>
 #include <surfattn/detail/simd/exp2.hpp>
 #include <surfattn/detail/simd/tile_products.hpp>
@@ -25,32 +26,39 @@ Scalar row_maximum(const Scalar* row, Index count) {
   return maximum_of(maximum(largest[0], largest[1]));
 }
 
-/// The part of a row that `Count` packets hold: row ← 2^(row − subtrahend), added to `sums`.
-template <int Count, class Scalar>
-SURFATTN_ALWAYS_INLINE void exp2_packets(Scalar* row, Packet<Scalar> subtrahend,
-                                         Packet<Scalar> (&sums)[panel_packets]) {
-  Packet<Scalar> weights[Count];
-  SURFATTN_UNROLL
-  for (int p = 0; p < Count; ++p) weights[p] = subtract(load(row + p * lanes<Scalar>), subtrahend);
-  exp2<Scalar>(weights);
-  SURFATTN_UNROLL
-  for (int p = 0; p < Count; ++p) {
-    store(row + p * lanes<Scalar>, weights[p]);
-    sums[p % panel_packets] = add(sums[p % panel_packets], weights[p]);
-  }
-}
-
-/// row ← 2^(row − shift) over a whole number of panels; returns the sum.
-template <class Scalar>
-Scalar exp2_row(Scalar* row, Index count, Scalar shift) {
-  const auto subtrahend = broadcast(shift);
-  Packet<Scalar> sums[panel_packets];
-  for (auto& packet : sums) packet = broadcast(Scalar(0));
+/// Calls step.operator()<Count>(first) for every `Count` packets, from number `first` on, of a row
+/// `count` numbers long, a whole number of panels: several at a time while so many are left.
+template <class Scalar, class Step>
+SURFATTN_ALWAYS_INLINE void for_packets(Index count, const Step& step) {
   Index j = 0;
   for (constexpr Index two = 2 * panel_width<Scalar>; j + two <= count; j += two) {
-    exp2_packets<2 * panel_packets>(row + j, subtrahend, sums);
+    step.template operator()<2 * panel_packets>(j);
   }
-  if (j < count) exp2_packets<panel_packets>(row + j, subtrahend, sums);
+  if (j < count) step.template operator()<panel_packets>(j);
+}
+
+/// row ← 2^(row − origin) over a whole number of panels, `origin` an integer or not finite; returns
+/// the sum.
+template <class Scalar>
+Scalar exp2_row(Scalar* row, Index count, Scalar origin) {
+  if (!(std::abs(origin) <= exp2_origin_limit<Scalar>)) {
+    for (Index j = 0; j < count; ++j) row[j] -= origin;
+    origin = Scalar(0);
+  }
+  const Exp2Origin<Scalar> exp2_origin(origin);
+  Packet<Scalar> sums[panel_packets];
+  for (auto& packet : sums) packet = broadcast(Scalar(0));
+  for_packets<Scalar>(count, [&]<int Count>(Index first) {
+    Packet<Scalar> weights[Count];
+    SURFATTN_UNROLL
+    for (int p = 0; p < Count; ++p) weights[p] = load(row + first + p * lanes<Scalar>);
+    exp2<Scalar>(weights, exp2_origin);
+    SURFATTN_UNROLL
+    for (int p = 0; p < Count; ++p) {
+      store(row + first + p * lanes<Scalar>, weights[p]);
+      sums[p % panel_packets] = add(sums[p % panel_packets], weights[p]);
+    }
+  });
   return sum(add(sums[0], sums[1]));
 }
 
@@ -71,14 +79,27 @@ void add_scaled_row(const Scalar* row, Scalar factor, Scalar* totals, Index coun
   }
 }
 
-/// gradients ← weights ∘ (gradients − mean) over a whole number of panels: the backward of a
-/// softmax along a row.
+/// The backward of a softmax along a row, over a whole number of panels: scores ← W = 2^(scores −
+/// log_sum) and gradients ← W∘(gradients − mean).
 template <class Scalar>
-void softmax_gradient_row(const Scalar* weights, Scalar* gradients, Index count, Scalar mean) {
-  const auto subtrahend = broadcast(mean);
-  for (Index j = 0; j < count; j += lanes<Scalar>) {
-    store(gradients + j, multiply(load(weights + j), subtract(load(gradients + j), subtrahend)));
-  }
+void softmax_gradient_row(Scalar* scores, Scalar* gradients, Index count, Scalar log_sum,
+                          Scalar mean) {
+  const auto subtrahend = broadcast(log_sum), mean_gradient = broadcast(mean);
+  const Exp2Origin<Scalar> origin(Scalar(0));
+  for_packets<Scalar>(count, [&]<int Count>(Index first) {
+    Packet<Scalar> weights[Count];
+    SURFATTN_UNROLL
+    for (int p = 0; p < Count; ++p) {
+      weights[p] = subtract(load(scores + first + p * lanes<Scalar>), subtrahend);
+    }
+    exp2<Scalar>(weights, origin);
+    SURFATTN_UNROLL
+    for (int p = 0; p < Count; ++p) {
+      Scalar* gradient = gradients + first + p * lanes<Scalar>;
+      store(scores + first + p * lanes<Scalar>, weights[p]);
+      store(gradient, multiply(weights[p], subtract(load(gradient), mean_gradient)));
+    }
+  });
 }
 
 /// totals ← totals + row over `count` numbers, and none beside them.

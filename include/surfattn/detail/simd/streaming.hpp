@@ -13,30 +13,17 @@
 /// than using it. These functions read each row once, from memory, in its natural layout.
 namespace surfattn::detail::simd {
 
-/// How many rows ahead to ask for.
-inline constexpr Index prefetch_distance = 16;
-
-/// Asks for rows that will be read soon. Rows of one head lie as far apart as the whole token is
-/// wide, where no prefetcher of the hardware follows.
-template <class Source>
-SURFATTN_ALWAYS_INLINE void prefetch_rows(MatrixView<const Source> rows, Index first, Index count) {
-  constexpr Index line = std::max<Index>(1, 64 / static_cast<Index>(sizeof(Source)));
-  for (Index i = first; i < std::min(first + count, rows.rows); ++i) {
-    for (Index c = 0; c < rows.cols; c += line) __builtin_prefetch(&rows(i, c));
-  }
-}
-
 /// sums_ij += q_i·k_j over the columns [first, first + lanes) of packed queries and of rows of
 /// keys, the latter as `take(j)` reads them.
 template <int Rows, int Keys, class Scalar, class Take>
-SURFATTN_ALWAYS_INLINE void add_dot_step(LeftOperand<Scalar> q, Index first,
+SURFATTN_ALWAYS_INLINE void add_dot_step(RowsOperand<Scalar> q, Index first,
                                          Packet<Scalar> (&sums)[Rows][Keys], const Take& take) {
   Packet<Scalar> key[Keys];
   SURFATTN_UNROLL
   for (int j = 0; j < Keys; ++j) key[j] = take(j);
   SURFATTN_UNROLL
   for (int i = 0; i < Rows; ++i) {
-    const auto query = load(q.data + i * q.row_stride + first);
+    const auto query = load(q.data + i * q.stride + first);
     SURFATTN_UNROLL
     for (int j = 0; j < Keys; ++j) sums[i][j] = multiply_add(query, key[j], sums[i][j]);
   }
@@ -44,7 +31,7 @@ SURFATTN_ALWAYS_INLINE void add_dot_step(LeftOperand<Scalar> q, Index first,
 
 /// out_ij = q_i·k_j for `Rows` packed queries and `Keys` rows of keys.
 template <int Rows, int Keys, class Scalar, class Source>
-SURFATTN_ALWAYS_INLINE void dot_block(LeftOperand<Scalar> q, MatrixView<const Source> keys,
+SURFATTN_ALWAYS_INLINE void dot_block(RowsOperand<Scalar> q, MatrixView<const Source> keys,
                                       Tile<Scalar> out) {
   Packet<Scalar> sums[Rows][Keys];
   SURFATTN_UNROLL
@@ -73,11 +60,11 @@ SURFATTN_ALWAYS_INLINE void dot_block(LeftOperand<Scalar> q, MatrixView<const So
 
 /// All `rows` queries against `Keys` rows of keys, in steps of `Rows` and then of half as many.
 template <int Rows, int Keys, class Scalar, class Source>
-SURFATTN_ALWAYS_INLINE void dot_column(Index rows, LeftOperand<Scalar> q,
+SURFATTN_ALWAYS_INLINE void dot_column(Index rows, RowsOperand<Scalar> q,
                                        MatrixView<const Source> keys, Tile<Scalar> out) {
   for (; rows >= Rows; rows -= Rows) {
     dot_block<Rows, Keys>(q, keys, out);
-    q.data += Rows * q.row_stride;
+    q.data += Rows * q.stride;
     out.data += Rows * out.row_stride;
   }
   if constexpr (Rows > 1) {
@@ -85,10 +72,9 @@ SURFATTN_ALWAYS_INLINE void dot_column(Index rows, LeftOperand<Scalar> q,
   }
 }
 
-/// C = Q·Kᵀ + bias, the bias one number for each key: Q packed (depth_stride 1, rows padded with
-/// zeros), K the rows of an input as they lie.
+/// C = Q·Kᵀ + bias, the bias one number for each key: Q packed (rows padded with zeros), K the rows of an input as they lie.
 template <class Scalar, class Source>
-void set_dot_products(Index rows, LeftOperand<Scalar> q, MatrixView<const Source> keys,
+void set_dot_products(Index rows, RowsOperand<Scalar> q, MatrixView<const Source> keys,
                       Tile<Scalar> c, const Scalar* bias) {
   constexpr Index step = 4;
   Index j = 0;

@@ -3,6 +3,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <surfattn/detail/simd/packet.hpp>
 
 namespace surfattn::detail::simd {
@@ -18,18 +19,45 @@ inline constexpr Index panel_width = lanes<Scalar>* panel_packets;
 /// panel and one broadcast must fit.
 inline constexpr int kernel_rows = registers >= 32 ? 8 : 4;
 
-template <class Scalar>
-constexpr Index padded(Index cols) {
-  return (cols + panel_width<Scalar> - 1) / panel_width<Scalar> * panel_width<Scalar>;
+constexpr Index rounded_up(Index count, Index multiple) {
+  return (count + multiple - 1) / multiple * multiple;
 }
 
-/// A: element (i, k) is data[i·row_stride + k·depth_stride]. Strides (1, s) read a row-major tile
-/// as its transpose.
 template <class Scalar>
-struct LeftOperand {
+constexpr Index padded(Index cols) {
+  return rounded_up(cols, panel_width<Scalar>);
+}
+
+/// Rows of one panel of a left operand that is packed by columns: whole kernels.
+template <class Scalar>
+inline constexpr Index left_width = panel_width<Scalar> > kernel_rows ? panel_width<Scalar>
+                                                                      : Index(kernel_rows);
+
+/// A, row by row: element (i, k) is data[i·stride + k].
+template <class Scalar>
+struct RowsOperand {
   const Scalar* data;
-  Index row_stride;
-  Index depth_stride;
+  Index stride;
+
+  const Scalar* from(Index row) const { return data + row * stride; }
+  Index row_stride() const { return stride; }
+  static constexpr Index depth_stride() { return 1; }
+};
+
+/// A, column by column, in panels of `left_width` rows: row i % left_width of panel i / left_width
+/// and column k is data[i / left_width·panel_stride + i % left_width + k·stride]. The numbers that a
+/// kernel takes at a time lie side by side.
+template <class Scalar>
+struct ColumnsOperand {
+  const Scalar* data;
+  Index stride;
+  Index panel_stride;
+
+  const Scalar* from(Index row) const {
+    return data + row / left_width<Scalar> * panel_stride + row % left_width<Scalar>;
+  }
+  static constexpr Index row_stride() { return 1; }
+  Index depth_stride() const { return stride; }
 };
 
 /// B, cut into panels of `panel_width` columns: row k of panel p is contiguous at data +
@@ -47,7 +75,20 @@ template <class Scalar>
 struct Tile {
   Scalar* data;
   Index row_stride;
+
+  Tile from(Index row) const { return {data + row * row_stride, row_stride}; }
 };
+
+/// Asks for what the next kernel will add to.
+template <int Rows, class Scalar>
+SURFATTN_ALWAYS_INLINE void prefetch_accumulators(const Tile<Scalar>& c) {
+  constexpr Index line = std::max<Index>(1, 64 / static_cast<Index>(sizeof(Scalar)));
+  for (int i = 0; i < Rows; ++i) {
+    for (Index j = 0; j < panel_width<Scalar>; j += line) {
+      __builtin_prefetch(c.data + i * c.row_stride + j);
+    }
+  }
+}
 
 /// The accumulators of `Rows` rows of C in one panel.
 template <int Rows, class Scalar>
@@ -82,16 +123,17 @@ struct Accumulators {
     }
   }
 
-  /// at += a·b over the whole depth.
-  SURFATTN_ALWAYS_INLINE void add_product(Index depth, LeftOperand<Scalar> a, const Scalar* b,
-                                          Index b_stride) {
-    for (Index k = 0; k < depth; ++k, a.data += a.depth_stride, b += b_stride) {
+  /// at += a·b over the whole depth, for the rows of A from `a` on.
+  template <class Left>
+  SURFATTN_ALWAYS_INLINE void add_product(Index depth, const Left& left, const Scalar* a,
+                                          const Scalar* b, Index b_stride) {
+    for (Index k = 0; k < depth; ++k, a += left.depth_stride(), b += b_stride) {
       Packet<Scalar> row[panel_packets];
       SURFATTN_UNROLL
       for (int p = 0; p < panel_packets; ++p) row[p] = load_unaligned(b + p * lanes<Scalar>);
       SURFATTN_UNROLL
       for (int i = 0; i < Rows; ++i) {
-        const auto factor = broadcast(a.data[i * a.row_stride]);
+        const auto factor = broadcast(a[i * left.row_stride()]);
         SURFATTN_UNROLL
         for (int p = 0; p < panel_packets; ++p) at[i][p] = multiply_add(factor, row[p], at[i][p]);
       }
@@ -101,40 +143,40 @@ struct Accumulators {
 
 enum class Store { set, add };
 
-/// `Rows` rows of one panel of C = bias + A·B (Store::set) or C += A·B (Store::add).
-template <int Rows, Store store, class Scalar>
-SURFATTN_ALWAYS_INLINE void panel_rows(Index depth, LeftOperand<Scalar> a, Panels<Scalar> b,
+/// `Rows` rows, from `row` on, of one panel of C = bias + A·B (Store::set) or C += A·B (Store::add).
+template <int Rows, Store store, class Left, class Scalar>
+SURFATTN_ALWAYS_INLINE void panel_rows(Index row, Index depth, const Left& a, Panels<Scalar> b,
                                        Tile<Scalar> c, const Scalar* bias) {
+  c = c.from(row);
   Accumulators<Rows, Scalar> accumulators;
   if constexpr (store == Store::set) {
     accumulators.start(bias);
   } else {
     accumulators.load_from(c);
   }
-  accumulators.add_product(depth, a, b.data, b.row_stride);
+  accumulators.add_product(depth, a, a.from(row), b.data, b.row_stride);
   accumulators.store_to(c);
 }
 
-/// Goes down the rows of one panel in steps of `Rows`, and what remains in steps of half as many.
-template <int Rows, Store store, class Scalar>
-SURFATTN_ALWAYS_INLINE void panel(Index rows, Index depth, LeftOperand<Scalar> a, Panels<Scalar> b,
-                                  Tile<Scalar> c, const Scalar* bias) {
-  while (rows >= Rows) {
-    panel_rows<Rows, store>(depth, a, b, c, bias);
-    a.data += Rows * a.row_stride;
-    c.data += Rows * c.row_stride;
-    rows -= Rows;
+/// Goes down the rows of one panel, from `row` on, in steps of `Rows`, and what remains in steps of
+/// half as many.
+template <int Rows, Store store, class Left, class Scalar>
+SURFATTN_ALWAYS_INLINE void panel(Index row, Index rows, Index depth, const Left& a,
+                                  Panels<Scalar> b, Tile<Scalar> c, const Scalar* bias) {
+  for (; row + Rows <= rows; row += Rows) {
+    if constexpr (store == Store::add) prefetch_accumulators<Rows>(c.from(row + Rows));
+    panel_rows<Rows, store>(row, depth, a, b, c, bias);
   }
   if constexpr (Rows > 1) {
-    if (rows > 0) panel<Rows / 2, store>(rows, depth, a, b, c, bias);
+    if (row < rows) panel<Rows / 2, store>(row, rows, depth, a, b, c, bias);
   }
 }
 
-template <Store store, class Scalar>
-void product(Index rows, Index cols, Index depth, LeftOperand<Scalar> a, Panels<Scalar> b,
-             Tile<Scalar> c, const Scalar* bias = nullptr) {
+template <Store store, class Left, class Scalar>
+SURFATTN_NEVER_INLINE void product(Index rows, Index cols, Index depth, const Left& a,
+                                   Panels<Scalar> b, Tile<Scalar> c, const Scalar* bias = nullptr) {
   for (Index first = 0; first < cols; first += panel_width<Scalar>) {
-    panel<kernel_rows, store>(rows, depth, a, b, c, bias);
+    panel<kernel_rows, store>(0, rows, depth, a, b, c, bias);
     b.data += b.panel_stride;
     c.data += panel_width<Scalar>;
     if (bias) bias += panel_width<Scalar>;
@@ -143,15 +185,15 @@ void product(Index rows, Index cols, Index depth, LeftOperand<Scalar> a, Panels<
 
 /// C = A·B, or bias + A·B where there is a bias, one number for each column: for `rows` rows of A
 /// and C and the whole panels that hold `cols` columns of B.
-template <class Scalar>
-void set_product(Index rows, Index cols, Index depth, LeftOperand<Scalar> a, Panels<Scalar> b,
+template <class Scalar, class Left>
+void set_product(Index rows, Index cols, Index depth, const Left& a, Panels<Scalar> b,
                  Tile<Scalar> c, const Scalar* bias = nullptr) {
   product<Store::set>(rows, cols, depth, a, b, c, bias);
 }
 
 /// C += A·B, likewise.
-template <class Scalar>
-void add_product(Index rows, Index cols, Index depth, LeftOperand<Scalar> a, Panels<Scalar> b,
+template <class Scalar, class Left>
+void add_product(Index rows, Index cols, Index depth, const Left& a, Panels<Scalar> b,
                  Tile<Scalar> c) {
   product<Store::add>(rows, cols, depth, a, b, c);
 }
