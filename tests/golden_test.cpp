@@ -24,6 +24,7 @@
 #include <vector>
 
 #include "support/catch.hpp"
+#include "support/terms.hpp"
 
 namespace {
 
@@ -40,19 +41,8 @@ using surfattn::Matrix;
 
 // ---- What the library cannot express -----------------------------------------------------------
 
-bool has_soft_cap(const Case& test) {
-  return golden::number_attribute(test, "softcap").value_or(0) != 0;
-}
-
 bool has_score_function(const Case& test) {
   return test.attributes.count("score_mod") + test.attributes.count("prob_mod") > 0;
-}
-
-bool has_undefined_bias(const Case& test) {
-  const Tensor* mask = golden::find(test.inputs, golden::mask_in);
-  if (!mask || !golden::is_additive(*mask)) return false;
-  return std::any_of(mask->values.begin(), mask->values.end(),
-                     [](double value) { return std::isnan(value) || value == infinity; });
 }
 
 struct MissingFeature {
@@ -61,10 +51,8 @@ struct MissingFeature {
 };
 
 // A case runs unless one of these applies to its attributes and inputs.
-constexpr std::array<MissingFeature, 3> missing_features{{
-    {"soft-capped scores", has_soft_cap},
+constexpr std::array<MissingFeature, 1> missing_features{{
     {"scores changed by a graph that the text does not hold", has_score_function},
-    {"nan or +inf in the additive bias", has_undefined_bias},
 }};
 
 std::vector<std::string> reasons_not_to_run(const Case& test) {
@@ -83,16 +71,17 @@ struct Masking {
   std::optional<Align> causal;
   std::optional<Index> length;
   std::optional<Matrix<bool>> allowed;
+  bool bias_hides = false;  ///< what the mask hides has a bias of -inf
 };
 
 Masking one_mask(const Problem& problem, Index batch, Index head) {
-  return {problem.key_count(), std::nullopt, std::nullopt, problem.all_seen(batch, head)};
+  return {problem.key_count(), std::nullopt, std::nullopt, problem.all_seen(batch, head), false};
 }
 
-/// With each mask as the term made for it. A causal offset other than 0 is a bottom-right alignment
+/// With each mask as the term made for it; an additive one is a bias, its -inf included. A causal offset other than 0 is a bottom-right alignment
 /// over the keys up to the last that the last query sees.
 Masking named_terms(const Problem& problem, Index batch, Index head) {
-  Masking masking{problem.key_count(), std::nullopt, std::nullopt, std::nullopt};
+  Masking masking{problem.key_count(), std::nullopt, std::nullopt, std::nullopt, false};
   if (problem.causal) {
     const Index seen_by_last = problem.query_count() + problem.causal_offset(batch);
     const bool top_left = problem.causal_offset(batch) == 0;
@@ -101,12 +90,14 @@ Masking named_terms(const Problem& problem, Index batch, Index head) {
     if (!top_left) masking.keys = seen_by_last;
   }
   if (problem.length(batch) < masking.keys) masking.length = problem.length(batch);
-  if (problem.mask) masking.allowed = problem.allowed_by_mask(batch, head).leftCols(masking.keys);
+  masking.bias_hides = problem.has_bias();
+  if (problem.mask && !masking.bias_hides)
+    masking.allowed = problem.allowed_by_mask(batch, head).leftCols(masking.keys);
   return masking;
 }
 
 template <class Function>
-auto with_terms(const Masking& masking, Function function) {
+auto with_masks(const Masking& masking, Function function) {
   const auto add_mask = [&](auto... terms) {
     return masking.allowed ? function(terms..., surfattn::BoolMask{*masking.allowed})
                            : function(terms...);
@@ -180,7 +171,25 @@ struct Call {
   View<Scalar> queries, keys, values;
   surfattn::Options options;
   Masking masking;
+  Matrix<Scalar> bias = {};  ///< queries x heads·keys, or nothing
+  double cap = 0;            ///< 0 is none
 };
+
+/// The masks of a call as terms of their own types, where they are all that there is; otherwise
+/// terms chosen at run time.
+template <class Scalar, class Function>
+auto with_terms(const Call<Scalar>& call, Function function) {
+  const bool has_bias = call.bias.cols() > 0;
+  if (!has_bias && call.cap == 0) return with_masks(call.masking, function);
+  using Term = surfattn::test::AnyTerm<Scalar>;
+  Term causal, length, allowed, bias, cap;
+  if (call.masking.causal) causal = {surfattn::Causal{*call.masking.causal}};
+  if (call.masking.length) length = {surfattn::KeyLengths{*call.masking.length}};
+  if (call.masking.allowed) allowed = {surfattn::BoolMask{*call.masking.allowed}};
+  if (has_bias) bias = {surfattn::AdditiveBias{call.bias}};
+  if (call.cap != 0) cap = {surfattn::SoftCap{call.cap}};
+  return function(causal, length, allowed, bias, cap);
+}
 
 /// Head for head, the columns of `left` followed by those of `right`.
 template <class Scalar>
@@ -202,30 +211,15 @@ Matrix<Scalar> join_heads(const View<Scalar>& left, const Matrix<Scalar>& right,
 template <class Scalar>
 Matrix<Scalar> call_bias(const Problem& problem, const Call<Scalar>& call) {
   const Index keys = call.keys.rows();
+  if (!problem.has_bias()) return {};
   return Matrix<Scalar>::NullaryExpr(
       call.queries.rows(), call.options.heads.query * keys, [&](Index query, Index column) {
         const Index head = call.first_head + column / keys;
-        return static_cast<Scalar>(problem.bias(call.batch, head, query, column % keys));
+        const bool hidden =
+            call.masking.bias_hides && !problem.mask_allows(call.batch, head, query, column % keys);
+        return static_cast<Scalar>(hidden ? -infinity
+                                          : problem.bias(call.batch, head, query, column % keys));
       });
-}
-
-/// An additive bias without a term for it: β·[q_i, B_i]·[k_j, e_j/β] = β·q_i·k_j + B_ij, with e_j
-/// the j-th unit vector.
-template <class Scalar>
-Call<Scalar> fold_bias(const Problem& problem, const Call<Scalar>& call, Keeper<Scalar>& keeper) {
-  const Index keys = call.keys.rows();
-  if (!problem.has_bias() || keys == 0) return call;
-  const Index key_heads = *call.options.heads.key_value;
-  const Matrix<Scalar> units =
-      (Matrix<Scalar>::Identity(keys, keys) / static_cast<Scalar>(problem.scale))
-          .replicate(1, key_heads);
-  return {call.batch,
-          call.first_head,
-          keeper.keep(join_heads(call.queries, call_bias(problem, call), call.options.heads.query)),
-          keeper.keep(join_heads(call.keys, units, key_heads)),
-          call.values,
-          call.options,
-          call.masking};
 }
 
 template <class Scalar>
@@ -252,14 +246,16 @@ void for_each_call(const Problem& problem, MaskingOf masking_of, bool heads_toge
       const Masking masking = masking_of(problem, batch, head);
       const auto keys = inputs.keys.heads(batch, key_head, key_count, keeper);
       const auto values = inputs.values.heads(batch, key_head, key_count, keeper);
-      const Call<Scalar> call{batch,
-                              head,
-                              inputs.queries.heads(batch, head, count, keeper),
-                              top_rows(keys, masking.keys),
-                              top_rows(values, masking.keys),
-                              {.scale = problem.scale, .heads = {count, key_count}},
-                              masking};
-      function(fold_bias(problem, call, keeper));
+      Call<Scalar> call{batch,
+                        head,
+                        inputs.queries.heads(batch, head, count, keeper),
+                        top_rows(keys, masking.keys),
+                        top_rows(values, masking.keys),
+                        {.scale = problem.scale, .heads = {count, key_count}},
+                        masking};
+      call.bias = call_bias(problem, call);
+      call.cap = problem.cap;
+      function(call);
     }
   }
 }
@@ -270,7 +266,7 @@ struct FastAttention {
   static constexpr const char* name = "attention";
   template <class Scalar>
   static surfattn::Forward<Scalar> run(const Call<Scalar>& call) {
-    return with_terms(call.masking, [&](auto... terms) {
+    return with_terms(call, [&](auto... terms) {
       return surfattn::attention_forward(call.queries, call.keys, call.values, call.options,
                                          terms...);
     });
@@ -279,13 +275,20 @@ struct FastAttention {
 
 namespace reference = surfattn::reference;
 
-/// The reference takes at most one mask, and no terms.
+/// The reference takes masks in one piece.
 template <class Scalar>
-reference::Mask reference_mask(const Call<Scalar>& call) {
+reference::Terms<Scalar> reference_terms(const Call<Scalar>& call) {
   if (call.masking.causal || call.masking.length) {
     throw std::logic_error("the reference takes masks in one piece");
   }
-  return call.masking.allowed ? reference::Mask(*call.masking.allowed) : reference::Mask();
+  reference::Terms<Scalar> terms;
+  if (call.masking.allowed) terms.mask = *call.masking.allowed;
+  if (call.bias.cols() > 0) {
+    terms.biases.push_back(reference::dense_bias<Scalar>(call.bias, call.options.heads.query,
+                                                         call.queries.rows(), call.keys.rows()));
+  }
+  if (call.cap != 0) terms.modifiers.push_back(reference::soft_cap<Scalar>(Scalar(call.cap)));
+  return terms;
 }
 
 template <class Scalar>
@@ -299,7 +302,7 @@ struct ReferenceAttention {
   static auto run(const Call<Scalar>& call) {
     return reference::attention_forward<Scalar>(call.queries, call.keys, call.values,
                                                 static_cast<Scalar>(*call.options.scale),
-                                                reference_heads(call), reference_mask(call));
+                                                reference_heads(call), reference_terms(call));
   }
 };
 
@@ -311,21 +314,38 @@ struct FastProjection {
     options.scale = call.options.scale;
     options.heads = call.options.heads;
     options.prior = surfattn::KeyPrior::sdpa;
-    return with_terms(call.masking, [&](auto... terms) {
-      return surfattn::project(queries, keys, options, terms...);
-    });
+    return with_terms(
+        call, [&](auto... terms) { return surfattn::project(queries, keys, options, terms...); });
   }
 };
 
 struct ReferenceProjection {
+  /// The score of the surface form lacks −β‖q‖²/2 to be the dot product that is capped, and the
+  /// softmax does not mind that it gets it back.
+  template <class Scalar>
+  static reference::ScoreModifier<Scalar> cap_of_dot_products(const Call<Scalar>& call,
+                                                              const View<Scalar>& queries) {
+    const Index heads = call.options.heads.query, width = queries.cols() / heads;
+    const Matrix<Scalar> q = queries;
+    const auto half_scale = static_cast<Scalar>(*call.options.scale / 2);
+    const auto cap = reference::soft_cap<Scalar>(Scalar(call.cap)).value;
+    return {[=](const Scalar& score, Index h, Index i, Index j) {
+              const Scalar norm = q.row(i).segment(h * width, width).squaredNorm();
+              return cap(score + half_scale * norm, h, i, j);
+            },
+            {}};
+  }
+
   template <class Scalar>
   static Matrix<Scalar> run(const View<Scalar>& queries, const View<Scalar>& keys,
                             const Call<Scalar>& call) {
     const auto bandwidth = static_cast<Scalar>(1 / std::sqrt(*call.options.scale));
     const Matrix<Scalar> surface = keys;
     const auto prior = reference::sdpa_log_prior(surface, bandwidth, reference_heads(call));
+    auto terms = reference_terms(call);
+    if (call.cap != 0) terms.modifiers = {cap_of_dot_products(call, queries)};
     return reference::project_forward<Scalar>(queries, surface, bandwidth, prior,
-                                              reference_heads(call), reference_mask(call))
+                                              reference_heads(call), terms)
         .out;
   }
 };
@@ -449,8 +469,9 @@ Outcome compare_forms(const Problem& problem, bool heads_together) {
   const double tolerance = std::is_same_v<Scalar, float> ? 1e-6 : 1e-14;
   Outcome outcome{{"project(Q, K) is attention(Q, K, K), " + scalar_name<Scalar>(), tolerance}, 0};
   for_each_call<Scalar>(problem, named_terms, heads_together, [&](const Call<Scalar>& call) {
-    const Call<Scalar> keys_as_values{call.batch, call.first_head, call.queries, call.keys,
-                                      call.keys,  call.options,    call.masking};
+    const Call<Scalar> keys_as_values{call.batch,   call.first_head, call.queries,
+                                      call.keys,    call.keys,       call.options,
+                                      call.masking, call.bias,       call.cap};
     const Matrix<Scalar> projected = FastProjection::run(call.queries, call.keys, call);
     const Matrix<Scalar> attended = FastAttention::run(keys_as_values).out;
     golden::require(projected.rows() == attended.rows() && projected.cols() == attended.cols(),
@@ -469,8 +490,8 @@ Outcome compare_forms(const Problem& problem, bool heads_together) {
 template <class Form, class Scalar>
 Matrix<Scalar> weights(const Call<Scalar>& call) {
   const Matrix<Scalar> units = Matrix<Scalar>::Identity(call.keys.rows(), call.keys.rows());
-  const Call<Scalar> of_units{call.batch,  call.first_head, call.queries, call.keys,
-                              view(units), call.options,    call.masking};
+  const Call<Scalar> of_units{call.batch,   call.first_head, call.queries, call.keys, view(units),
+                              call.options, call.masking,    call.bias,    call.cap};
   return Form::run(of_units).out;
 }
 
@@ -480,17 +501,19 @@ Matrix<Scalar> scores(const Call<Scalar>& call) {
   Matrix<Scalar> all(call.queries.rows(), call.keys.rows());
   for (Index key = 0; key < call.keys.rows(); ++key) {
     const Matrix<Scalar> one_key = call.keys.row(key);
-    Masking masking{1, std::nullopt, std::nullopt, std::nullopt};
+    Masking masking{1, std::nullopt, std::nullopt, std::nullopt, call.masking.bias_hides};
     if (call.masking.allowed) masking.allowed = call.masking.allowed->col(key);
-    const Call<Scalar> of_one_key{call.batch,    call.first_head, call.queries, view(one_key),
-                                  view(one_key), call.options,    masking};
+    const Matrix<Scalar> bias = call.bias.cols() > 0 ? call.bias.col(key) : Matrix<Scalar>();
+    const Call<Scalar> of_one_key{call.batch,    call.first_head, call.queries,
+                                  view(one_key), view(one_key),   call.options,
+                                  masking,       view(bias),      call.cap};
     all.col(key) = Form::run(of_one_key).log_sum_exp;
   }
   return all;
 }
 
 Masking no_mask(const Problem& problem, Index, Index) {
-  return {problem.key_count(), std::nullopt, std::nullopt, std::nullopt};
+  return {problem.key_count(), std::nullopt, std::nullopt, std::nullopt, false};
 }
 
 /// The operator's fourth output.
@@ -501,6 +524,7 @@ Comparison compare_scores(const Problem& problem, const Tensor& expected, Scores
   const bool masked = mode == ScoresMode::masked || mode == ScoresMode::weights;
   Problem raw = problem;
   if (!masked) raw.mask = nullptr;
+  if (mode == ScoresMode::raw) raw.cap = 0;
   const char* what = mode == ScoresMode::weights ? "weights from " : "scores from ";
   Comparison comparison(what + std::string(Form::name) + ", " + scalar_name<Scalar>(),
                         tolerance_for(expected));
@@ -591,7 +615,8 @@ class Summary {
   void ran(const Case& test, const std::vector<Outcome>& outcomes) {
     ++ran_;
     const Problem problem = golden::read_problem(test);
-    folded_ += problem.has_bias() ? 1 : 0;
+    biased_ += problem.has_bias() ? 1 : 0;
+    capped_ += problem.cap != 0 ? 1 : 0;
     half_ += problem.result.tensor.type == "f16" || problem.result.tensor.type == "bf16" ? 1 : 0;
     for (const Outcome& outcome : outcomes) {
       Line& line = paths_[(problem.result.tensor.type) + ": " + outcome.comparison.path()];
@@ -612,7 +637,7 @@ class Summary {
     std::ostringstream text;
     text.precision(2);
     text << "golden cases: " << ran_ << " ran, " << not_expressible_ << " not expressible\n"
-         << folded_ << " ran with an additive bias folded into wider queries and keys\n"
+         << biased_ << " ran with an additive bias, " << capped_ << " with a soft cap\n"
          << half_ << " in half precision ran in float and double\n";
     for (const auto& [reason, names] : reasons_) {
       text << "not expressible, " << reason << ": " << names.size() << "\n";
@@ -630,7 +655,7 @@ class Summary {
     Index cases = 0;
     double worst = 0;
   };
-  Index ran_ = 0, not_expressible_ = 0, folded_ = 0, half_ = 0;
+  Index ran_ = 0, not_expressible_ = 0, biased_ = 0, capped_ = 0, half_ = 0;
   std::map<std::string, std::vector<std::string>> reasons_;
   std::map<std::string, Line> paths_;
 };
@@ -755,10 +780,10 @@ TEST_CASE("golden: a case runs unless its attributes or inputs need what is miss
   CHECK(reasons("") == 0);
   CHECK(reasons("attribute softcap 0.0\nattribute is_causal 1\n") == 0);
   CHECK(reasons("input 3 attn_mask f32 1 2\n0.5 -inf\n") == 0);
-  CHECK(reasons("attribute softcap 2.0\n") == 1);
+  CHECK(reasons("attribute softcap 2.0\n") == 0);
   CHECK(reasons("attribute score_mod None\n") == 1);
-  CHECK(reasons("input 3 attn_mask f32 1 2\nnan 0\n") == 1);
-  CHECK(reasons("attribute softcap 2.0\ninput 3 attn_mask f32 1 2\ninf 0\n") == 2);
+  CHECK(reasons("input 3 attn_mask f32 1 2\nnan 0\n") == 0);
+  CHECK(reasons("attribute score_mod None\nattribute prob_mod None\n") == 1);
   CHECK_THROWS(golden::require_known(parse_text(two_keys("attribute window 3\n", "2.5"))));
   CHECK_THROWS(golden::require_known(parse_text(two_keys("input 7 extra f32 1\n1\n", "2.5"))));
 }
@@ -771,7 +796,11 @@ TEST_CASE("golden: every path computes a case that can be done by hand, and sees
       {"input 3 attn_mask bool 1 1 1 1\n1\n", "1"},        // a short mask
       {"input 3 attn_mask f32 2\n-inf -inf\n", "0"},       // no key
       {"input 3 attn_mask f32 2\n1.0986123 0\n", "1.75"},  // weights 3:1
-      {"input 6 nonpad_kv_seqlen i64 1\n1\n", "1"},        // the second is padding
+      {"attribute softcap 2.0\n", "2.5"},
+      // the bias comes after the cap, which it would otherwise not get past
+      {"attribute softcap 0.001\ninput 3 attn_mask f32 2\n1.0986123 0\n", "1.75"},
+      {"input 3 attn_mask f32 2\nnan 0\n", "nan"},
+      {"input 6 nonpad_kv_seqlen i64 1\n1\n", "1"},  // the second is padding
       {"input 6 nonpad_kv_seqlen i64 1\n2\nattribute is_causal 1\n", "2.5"},  // offset 1
       {"input 6 nonpad_kv_seqlen i64 1\n0\nattribute is_causal 1\n", "0"},
       {"input 4 past_key f32 1 1 2 2\n3 4 3 4\ninput 5 past_value f32 1 1 2 1\n7 10\n"

@@ -424,6 +424,7 @@ struct Problem {
   Operand result;                 // expected
   const Tensor* mask = nullptr;
   double scale = 1;
+  double cap = 0;  // of the scores; 0 is none
   bool causal = false;
   bool has_lengths = false;
   std::optional<Index> past = std::nullopt;  // number of past tokens, where some come with the case
@@ -571,6 +572,7 @@ inline Problem read_problem(const Case& test) {
   problem.mask = find(test.inputs, mask_in);
   problem.causal = index_attribute(test, "is_causal", 0) != 0;
   const auto width = static_cast<double>(problem.queries.layout.width);
+  problem.cap = number_attribute(test, "softcap").value_or(0);
   problem.scale = number_attribute(test, "scale").value_or(1 / std::sqrt(width));
   require_consistent(problem);
   return problem;

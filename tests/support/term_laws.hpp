@@ -51,8 +51,9 @@ struct FormInputs {
   }
 };
 
-/// One problem, one composition of terms, and the two forms.
-template <class Scalar, class High>
+/// One problem, one composition of terms, and the two forms. Where `Only` is the type of a term, the composition is one
+/// such term, and the engine gets it as it is; otherwise it gets terms chosen at run time.
+template <class Scalar, class High, class Only = void>
 class TermLaws {
  public:
   TermLaws(const Sizes& sizes, const std::vector<TermKind>& kinds, PriorKind prior,
@@ -136,6 +137,15 @@ class TermLaws {
   }
 
  private:
+  template <class Use>
+  auto with_terms(const Use& use) const {
+    if constexpr (std::is_void_v<Only>) {
+      return terms_.with_terms(use);
+    } else {
+      return use(std::get<Only>(terms_[0].term().gradient_into(terms_[0].gradient).term));
+    }
+  }
+
   template <class S>
   static double largest(const Matrix<S>& matrix) {
     double result = 0;
@@ -187,7 +197,7 @@ class TermLaws {
   }
 
   FormResults<Scalar> engine_results(bool surface, Executor* executor) const {
-    return terms_.with_terms([&](const auto&... terms) {
+    return with_terms([&](const auto&... terms) {
       return surface ? surface_results(executor, terms...) : standard_results(executor, terms...);
     });
   }
@@ -292,7 +302,7 @@ class TermLaws {
   }
 
   Scalar loss(bool surface, double bandwidth) const {
-    return terms_.with_terms([&](const auto&... terms) {
+    return with_terms([&](const auto&... terms) {
       const auto& p = problem_;
       SurfaceOptions options = surface_options(nullptr);
       options.bandwidth = bandwidth;
@@ -351,13 +361,35 @@ class TermLaws {
 };
 
 /// Sizes of few and of many queries, of several tiles and blocks, with grouped heads, some odd.
-inline Sizes random_sizes(std::mt19937_64& random) {
+inline Sizes random_sizes(std::mt19937_64& random, TermKind kind = TermKind::count) {
   const Index queries[] = {1, 2, 3, 5, 9, 17, 33, 65, 70}, keys[] = {1, 3, 7, 16, 31, 64, 77, 130};
   const Index widths[] = {1, 2, 3, 5, 8};
   const std::pair<Index, Index> heads[] = {{1, 1}, {2, 2}, {2, 1}, {4, 2}, {3, 1}};
   const auto pick = [&](const auto& from) { return from[random() % std::size(from)]; };
   const auto [query_heads, key_value_heads] = pick(heads);
-  return {pick(queries), pick(keys), pick(widths), pick(widths), query_heads, key_value_heads};
+  Sizes sizes{pick(queries), pick(keys), pick(widths), pick(widths), query_heads, key_value_heads};
+  const bool needs_gates = kind == TermKind::forget_gate || kind == TermKind::shared_forget_gate;
+  if (needs_gates) sizes.keys = std::max(sizes.keys, sizes.queries);
+  return sizes;
+}
+
+/// One term of the given type, of each of the kinds, through all laws.
+template <class Scalar, class High, class Only>
+void check_term_type(std::initializer_list<TermKind> kinds) {
+  std::mt19937_64 random = seeded_random();
+  CAPTURE(seed());
+  for (const TermKind kind : kinds) {
+    for (int n = 0; n < 12; ++n) {
+      TermLaws<Scalar, High, Only> laws(random_sizes(random, kind), {kind}, PriorKind(n % 3),
+                                        random);
+      laws.check_reference();
+      laws.check_threads();
+      laws.check_differences();
+    }
+    TermLaws<Scalar, High, Only> large({150, 1100, 3, 2, 4, 2}, {kind}, PriorKind::uniform, random);
+    large.check_threads();
+    large.check_differences();
+  }
 }
 
 /// `count` random compositions of one to four terms, through all laws.

@@ -315,7 +315,8 @@ struct TermCase {
       default:
         break;
     }
-    gradient = parameters;
+    gradient = Matrix<Scalar>::Constant(parameters.rows(), parameters.cols(),
+                                        std::numeric_limits<Scalar>::quiet_NaN());
   }
 
   bool is_trainable() const { return parameters.cols() > 0; }
