@@ -1,6 +1,10 @@
 // Every storage that Eigen has, of inputs and outputs, gives the same bits; workspaces suffice at
 // their exact size; and the functions that promise to allocate nothing allocate nothing.
 
+// clang-format off: this comes before Eigen
+#include "support/no_allocation.hpp"
+// clang-format on
+
 #include <Eigen/Core>
 #include <algorithm>
 #include <cmath>
@@ -13,7 +17,6 @@
 #include <vector>
 
 #include "support/catch.hpp"
-#include "support/no_allocation.hpp"
 #include "support/random.hpp"
 
 namespace {

@@ -1,5 +1,9 @@
 // Mistakes in the arguments of terms: each is one error in words, before anything is written; and no term allocates.
+
+// clang-format off: this comes before Eigen
 #include "support/no_allocation.hpp"
+// clang-format on
+
 #include <functional>
 
 #include "support/same_bits.hpp"
