@@ -36,14 +36,18 @@ Operands<scalar_t<Queries>> attention_operands(const Queries& queries, const Key
 /// with less, down to what one worker needs, they use fewer. It depends on widths, heads and
 /// executor and hardly on the number of queries and keys, beyond one block of them: for calls of
 /// several lengths, take the largest. Errors: shapes that do not fit together.
-template <class Queries, class Keys, class Values>
+///
+/// Masks need no workspace and may be left out. Any other term must be listed as the backward pass
+/// gets it, with where its gradient goes.
+template <class Queries, class Keys, class Values, class... Terms>
 std::size_t workspace_size(Pass pass, const Queries& queries, const Keys& keys,
-                           const Values& values,
-                           const Options& options = {}) requires(detail::DenseMatrix<Values>) {
-  const auto shape = detail::Require("workspace_size")
-                         .shapes(detail::extent(queries), detail::extent(keys),
-                                 detail::extent(values), options.heads, options.sequences);
-  return detail::workspace_size<detail::scalar_t<Queries>>(pass, shape, false, options.executor);
+                           const Values& values, const Options& options = {},
+                           const Terms&... terms) requires(detail::DenseMatrix<Values>) {
+  constexpr detail::Require require("workspace_size");
+  const auto shape = require.shapes(detail::extent(queries), detail::extent(keys),
+                                    detail::extent(values), options.heads, options.sequences);
+  return detail::workspace_size<detail::scalar_t<Queries>>(pass, shape, false, options.executor,
+                                                           require, terms...);
 }
 
 /// O = softmax(β·Q·Kᵀ)·V into `out`, without allocating: `attention` for callers who own the
@@ -87,8 +91,9 @@ void attention_forward_into(const Queries& queries, const Keys& keys, const Valu
 ///
 /// `out` and `log_sum_exp` are what attention_forward_into wrote for the same inputs, options and
 /// terms; `grad_out` is ∂loss/∂out. Every gradient is overwritten; no output may overlap an input
-/// or another output. `workspace` needs workspace_size(Pass::backward, queries, keys, values,
-/// options) bytes.
+/// or another output. A term with parameters writes their gradient where it was told to,
+/// Alibi{slopes}.gradient_into(grad_slopes), and otherwise computes none. `workspace` needs
+/// workspace_size(Pass::backward, queries, keys, values, options, terms...) bytes.
 template <class Queries, class Keys, class Values, class Out, class LogSumExp, class GradOut,
           class GradQueries, class GradKeys, class GradValues, class... Terms>
 void attention_backward_into(const Queries& queries, const Keys& keys, const Values& values,
@@ -110,7 +115,7 @@ void attention_backward_into(const Queries& queries, const Keys& keys, const Val
   const detail::GradientOutputs<Scalar> gradients{
       detail::view(grad_queries), detail::view(grad_keys), detail::view(grad_values), {}};
   detail::run_backward(detail::attention_operands(q, k, v, options, require), upstream, gradients,
-                       workspace, options.executor, require, terms...);
+                       workspace, options.executor, require, detail::DoNothing{}, terms...);
 }
 
 /// Scaled dot-product attention (Vaswani et al. 2017, arXiv:1706.03762): for each query head,
@@ -142,10 +147,9 @@ auto attention(const Queries& queries, const Keys& keys, const Values& values,
                          .shapes(detail::extent(queries), detail::extent(keys),
                                  detail::extent(values), options.heads, options.sequences);
   auto out = detail::matrix<Scalar>(shape.out_extent());
-  attention_into(
-      queries, keys, values, out,
-      Workspace(detail::workspace_size<Scalar>(Pass::forward, shape, false, options.executor)),
-      options, terms...);
+  attention_into(queries, keys, values, out,
+                 Workspace(detail::forward_workspace_size<Scalar>(shape, options.executor)),
+                 options, terms...);
   return out;
 }
 
@@ -161,10 +165,9 @@ auto attention_forward(const Queries& queries, const Keys& keys, const Values& v
                                  detail::extent(values), options.heads, options.sequences);
   Forward<Scalar> forward{detail::matrix<Scalar>(shape.out_extent()),
                           detail::matrix<Scalar>(shape.log_sum_exp_extent())};
-  attention_forward_into(
-      queries, keys, values, forward.out, forward.log_sum_exp,
-      Workspace(detail::workspace_size<Scalar>(Pass::forward, shape, false, options.executor)),
-      options, terms...);
+  attention_forward_into(queries, keys, values, forward.out, forward.log_sum_exp,
+                         Workspace(detail::forward_workspace_size<Scalar>(shape, options.executor)),
+                         options, terms...);
   return forward;
 }
 
@@ -177,25 +180,32 @@ auto attention_forward(const Queries& queries, const Keys& keys, const Values& v
 /// summed over the query heads that share a key/value head. W is recomputed from
 /// forward.log_sum_exp, so `forward` must come from attention_forward with the same inputs, options
 /// and terms. A query that sees no key gets and gives gradient 0; so does a key that no query sees.
-/// Allocates the three gradients and a workspace of O(block) numbers. Time O(Hq·Tq·Tk·(3d + 2dv)).
+/// Where terms have parameters (Alibi{slopes}, AdditiveBias{b}), the result holds their gradients
+/// too: std::get<0>(gradients.terms) is that of the first such term, of its parameters' shape, and
+/// empty where the term was told to write it elsewhere (gradient_into).
+///
+/// Allocates the gradients and a workspace of O(block) numbers. Time O(Hq·Tq·Tk·(3d + 2dv)).
 /// Errors as for `attention`.
 template <class Queries, class Keys, class Values, class Scalar, class GradOut, class... Terms>
 auto attention_backward(const Queries& queries, const Keys& keys, const Values& values,
                         const Forward<Scalar>& forward, const GradOut& grad_out,
                         const Options& options = {}, const Terms&... terms) {
   detail::check_inputs_at_compile_time<Queries, Keys, Values, Matrix<Scalar>, GradOut>();
-  const auto shape = detail::Require("attention_backward")
-                         .shapes(detail::extent(queries), detail::extent(keys),
-                                 detail::extent(values), options.heads, options.sequences);
-  AttentionGradients<Scalar> gradients{detail::matrix<Scalar>(shape.queries_extent()),
-                                       detail::matrix<Scalar>(shape.keys_extent()),
-                                       detail::matrix<Scalar>(shape.values_extent())};
-  attention_backward_into(
-      queries, keys, values, forward.out, forward.log_sum_exp, grad_out, gradients.queries,
-      gradients.keys, gradients.values,
-      Workspace(detail::workspace_size<Scalar>(Pass::backward, shape, false, options.executor)),
-      options, terms...);
-  return gradients;
+  constexpr detail::Require require("attention_backward");
+  const auto shape = require.shapes(detail::extent(queries), detail::extent(keys),
+                                    detail::extent(values), options.heads, options.sequences);
+  const auto run = [&](AttentionGradients<Scalar>& gradients, const auto&... directed) {
+    const Workspace workspace(detail::workspace_size<Scalar>(
+        Pass::backward, shape, false, options.executor, require, directed...));
+    attention_backward_into(queries, keys, values, forward.out, forward.log_sum_exp, grad_out,
+                            gradients.queries, gradients.keys, gradients.values, workspace, options,
+                            directed...);
+  };
+  return detail::with_term_gradients(
+      AttentionGradients<Scalar>{detail::matrix<Scalar>(shape.queries_extent()),
+                                 detail::matrix<Scalar>(shape.keys_extent()),
+                                 detail::matrix<Scalar>(shape.values_extent())},
+      run, terms...);
 }
 
 }  // namespace surfattn

@@ -51,16 +51,18 @@ Operands<scalar_t<Queries>> surface_operands(const Queries& queries, const Keys&
 }
 
 /// dβ of one key/value head. S_ij = β·q_i·k_j − (β/2)(‖q_i‖² + ‖k_j‖²) does not change when all
-/// points move by the same m, and Σ_j dS_ij = 0, so
+/// points move by the same m, so, with r_i = Σ_j dS_ij, which is 0 unless modifiers or sinks act,
 ///
-///     dβ = (1/β)·Σ_i (q_i − m)·dq_i − ½ Σ_j c_j‖k_j − m‖²
+///     dβ = (1/β)·Σ_i (q_i − m)·dq_i + ½ Σ_i r_i‖q_i − m‖² − ½ Σ_j c_j‖k_j − m‖²
 ///
 /// for every m. The first key that took part serves: about it, the numbers are as small as the
-/// surface is wide. With the prior `sdpa` the second sum falls away, and m must be 0.
+/// surface is wide. With the prior `sdpa` the norms fall away, and m must be 0. `row_sums` holds r_i
+/// at head·Tq + i, or is null where they are 0.
 template <class Scalar>
 accumulator_t<Scalar> scale_gradient(const Operands<Scalar>& operands, Index head,
                                      MatrixView<const Scalar> grad_queries,
-                                     MatrixView<const Scalar> grad_key_bias) {
+                                     MatrixView<const Scalar> grad_key_bias,
+                                     const accumulator_t<Scalar>* row_sums) {
   using Accumulator = accumulator_t<Scalar>;
   const auto keys = operands.key_head(head);
   const auto took_part = [&](Index key) { return grad_key_bias(key, head) != Scalar(0); };
@@ -77,6 +79,13 @@ accumulator_t<Scalar> scale_gradient(const Operands<Scalar>& operands, Index hea
     const auto grad =
         grad_queries.block_cols(member * operands.shape.head_dim, operands.shape.head_dim);
     of_queries += simd::sum_of_products<Accumulator>(grad, operands.query_head(member), origin);
+    for (Index i = 0; row_sums && i < grad.rows; ++i) {
+      const Accumulator sum = row_sums[member * grad.rows + i];
+      if (sum == Accumulator(0)) continue;
+      Accumulator distance(0);
+      simd::squared_distances(operands.query_head(member).block_rows(i, 1), origin, &distance);
+      of_norms -= sum * distance;
+    }
   }
   for (Index j = first; has_norms && j < keys.rows; ++j) {
     if (!took_part(j)) continue;
@@ -87,33 +96,31 @@ accumulator_t<Scalar> scale_gradient(const Operands<Scalar>& operands, Index hea
   return of_queries / operands.scale - of_norms / 2;
 }
 
-/// From σ = β^(−1/2): dσ = −2β^(3/2)·dβ.
+/// dβ of one sequence.
 template <class Scalar>
-Scalar bandwidth_gradient(const Operands<Scalar>& operands, MatrixView<const Scalar> grad_queries,
-                          MatrixView<const Scalar> grad_key_bias) {
-  using Accumulator = accumulator_t<Scalar>;
-  Accumulator grad_scale(0);
-  for (Index s = 0; s < operands.shape.sequences.count(); ++s) {
-    const auto one = operands.of_sequence(s);
-    for (Index head = 0; head < one.shape.key_value_heads; ++head) {
-      grad_scale += scale_gradient(one, head, query_rows(grad_queries, one.shape),
-                                   key_rows(grad_key_bias, one.shape));
-    }
+accumulator_t<Scalar> scale_gradient(const Operands<Scalar>& operands,
+                                     const GradientOutputs<Scalar>& gradients,
+                                     const accumulator_t<Scalar>* row_sums) {
+  accumulator_t<Scalar> grad_scale(0);
+  for (Index head = 0; head < operands.shape.key_value_heads; ++head) {
+    grad_scale +=
+        scale_gradient<Scalar>(operands, head, gradients.queries, *gradients.key_bias, row_sums);
   }
-  return static_cast<Scalar>(-2 * operands.scale * std::sqrt(operands.scale) * grad_scale);
+  return grad_scale;
 }
 
 }  // namespace detail
 
 /// Bytes of workspace, as above, for `project_into` and `project_forward_into` (Pass::forward) or
 /// `project_backward_into` (Pass::backward).
-template <class Queries, class Keys>
+template <class Queries, class Keys, class... Terms>
 std::size_t workspace_size(Pass pass, const Queries& queries, const Keys& keys,
-                           const SurfaceOptions& options = {}) {
-  const auto shape = detail::Require("workspace_size")
-                         .shapes(detail::extent(queries), detail::extent(keys),
-                                 detail::extent(keys), options.heads, options.sequences);
-  return detail::workspace_size<detail::scalar_t<Queries>>(pass, shape, true, options.executor);
+                           const SurfaceOptions& options = {}, const Terms&... terms) {
+  constexpr detail::Require require("workspace_size");
+  const auto shape = require.shapes(detail::extent(queries), detail::extent(keys),
+                                    detail::extent(keys), options.heads, options.sequences);
+  return detail::workspace_size<detail::scalar_t<Queries>>(pass, shape, true, options.executor,
+                                                           require, terms...);
 }
 
 /// P(Q) into `out`, without allocating: `project` for callers who own the memory.
@@ -154,8 +161,8 @@ void project_forward_into(const Queries& queries, const Keys& keys, Out&& out,
 /// terms; `grad_out` is ∂loss/∂out. Every gradient is overwritten, and none may overlap an input or
 /// another output: `grad_queries` and `grad_keys` of their inputs' shapes, `grad_bandwidth` a
 /// scalar, `grad_log_prior` Tk × Hkv also where one prior serves all heads (its gradient is then
-/// the sum over the columns). `workspace` needs workspace_size(Pass::backward, queries, keys,
-/// options) bytes.
+/// the sum over the columns). Terms with parameters as for attention_backward_into. `workspace`
+/// needs workspace_size(Pass::backward, queries, keys, options, terms...) bytes.
 template <class Queries, class Keys, class Out, class LogSumExp, class GradOut, class GradQueries,
           class GradKeys, class GradLogPrior, class... Terms>
 void project_backward_into(const Queries& queries, const Keys& keys, const Out& out,
@@ -179,10 +186,17 @@ void project_backward_into(const Queries& queries, const Keys& keys, const Out& 
                 {shape.keys, shape.key_value_heads}, "keys × key/value heads");
   const detail::GradientOutputs<Scalar> gradients{
       detail::view(grad_queries), detail::view(grad_keys), {}, detail::view(grad_log_prior)};
-  detail::run_backward(operands, {detail::view(o), detail::view(l), detail::view(g)}, gradients,
-                       workspace, options.executor, require, terms...);
+  accumulator_t<Scalar> grad_scale(0);
+  detail::run_backward(
+      operands, {detail::view(o), detail::view(l), detail::view(g)}, gradients, workspace,
+      options.executor, require,
+      [&](const auto& sequence, const auto& of_sequence, const auto* row_sums) {
+        grad_scale += detail::scale_gradient<Scalar>(sequence, of_sequence, row_sums);
+      },
+      terms...);
+  // σ = β^(−1/2)
   grad_bandwidth =
-      detail::bandwidth_gradient<Scalar>(operands, gradients.queries, *gradients.key_bias);
+      static_cast<Scalar>(-2 * operands.scale * std::sqrt(operands.scale) * grad_scale);
 }
 
 /// Projection of each query onto the surface that the keys sample: for each query head,
@@ -213,10 +227,9 @@ auto project(const Queries& queries, const Keys& keys, const SurfaceOptions& opt
       detail::Require("project").shapes(detail::extent(queries), detail::extent(keys),
                                         detail::extent(keys), options.heads, options.sequences);
   auto out = detail::matrix<Scalar>(shape.out_extent());
-  project_into(
-      queries, keys, out,
-      Workspace(detail::workspace_size<Scalar>(Pass::forward, shape, true, options.executor)),
-      options, terms...);
+  project_into(queries, keys, out,
+               Workspace(detail::forward_workspace_size<Scalar>(shape, options.executor)), options,
+               terms...);
   return out;
 }
 
@@ -235,10 +248,9 @@ auto project_forward(const Queries& queries, const Keys& keys, const SurfaceOpti
                                  detail::extent(keys), options.heads, options.sequences);
   Forward<Scalar> forward{detail::matrix<Scalar>(shape.out_extent()),
                           detail::matrix<Scalar>(shape.log_sum_exp_extent())};
-  project_forward_into(
-      queries, keys, forward.out, forward.log_sum_exp,
-      Workspace(detail::workspace_size<Scalar>(Pass::forward, shape, true, options.executor)),
-      options, terms...);
+  project_forward_into(queries, keys, forward.out, forward.log_sum_exp,
+                       Workspace(detail::forward_workspace_size<Scalar>(shape, options.executor)),
+                       options, terms...);
   return forward;
 }
 
@@ -252,28 +264,31 @@ auto project_forward(const Queries& queries, const Keys& keys, const SurfaceOpti
 /// moves with keys and bandwidth. `log_prior` is the gradient with respect to a number added to log
 /// π_j, under every prior: Tk × Hkv, or Tk × 1 for an explicit Tk × 1 prior. `forward` must come
 /// from project_forward with the same inputs, options and terms. A query that sees no key gets and
-/// gives gradient 0; so does a key that no query sees. Allocates the gradients and a workspace of
+/// gives gradient 0; so does a key that no query sees. Gradients of terms with parameters as for
+/// attention_backward. Allocates the gradients and a workspace of
 /// O(block) numbers. Time O(Hq·Tq·Tk·5d). Errors as for `project`.
 template <class Queries, class Keys, class Scalar, class GradOut, class... Terms>
 auto project_backward(const Queries& queries, const Keys& keys, const Forward<Scalar>& forward,
                       const GradOut& grad_out, const SurfaceOptions& options = {},
                       const Terms&... terms) {
   detail::check_inputs_at_compile_time<Queries, Keys, Matrix<Scalar>, GradOut>();
-  const auto shape = detail::Require("project_backward")
-                         .shapes(detail::extent(queries), detail::extent(keys),
-                                 detail::extent(keys), options.heads, options.sequences);
-  SurfaceGradients<Scalar> gradients{detail::matrix<Scalar>(shape.queries_extent()),
-                                     detail::matrix<Scalar>(shape.keys_extent()), Scalar(0),
-                                     detail::matrix<Scalar>({shape.keys, shape.key_value_heads})};
-  project_backward_into(
-      queries, keys, forward.out, forward.log_sum_exp, grad_out, gradients.queries, gradients.keys,
-      gradients.bandwidth, gradients.log_prior,
-      Workspace(detail::workspace_size<Scalar>(Pass::backward, shape, true, options.executor)),
-      options, terms...);
-  if (options.prior.is_explicit() && options.prior.cols() == 1) {
-    gradients.log_prior = gradients.log_prior.rowwise().sum().eval();
-  }
-  return gradients;
+  constexpr detail::Require require("project_backward");
+  const auto shape = require.shapes(detail::extent(queries), detail::extent(keys),
+                                    detail::extent(keys), options.heads, options.sequences);
+  const auto run = [&](SurfaceGradients<Scalar>& gradients, const auto&... directed) {
+    const Workspace workspace(detail::workspace_size<Scalar>(
+        Pass::backward, shape, true, options.executor, require, directed...));
+    project_backward_into(queries, keys, forward.out, forward.log_sum_exp, grad_out,
+                          gradients.queries, gradients.keys, gradients.bandwidth,
+                          gradients.log_prior, workspace, options, directed...);
+    if (options.prior.is_explicit() && options.prior.cols() == 1)
+      gradients.log_prior = gradients.log_prior.rowwise().sum().eval();
+  };
+  return detail::with_term_gradients(
+      SurfaceGradients<Scalar>{detail::matrix<Scalar>(shape.queries_extent()),
+                               detail::matrix<Scalar>(shape.keys_extent()), Scalar(0),
+                               detail::matrix<Scalar>({shape.keys, shape.key_value_heads})},
+      run, terms...);
 }
 
 }  // namespace surfattn

@@ -4,6 +4,7 @@
 
 #include <optional>
 #include <surfattn/config.hpp>
+#include <tuple>
 #include <type_traits>
 
 namespace surfattn {
@@ -54,6 +55,13 @@ struct AttentionGradients {
   Matrix<Scalar> queries;  ///< Tq × (Hq·d)
   Matrix<Scalar> keys;     ///< Tk × (Hkv·d)
   Matrix<Scalar> values;   ///< Tk × (Hkv·dv)
+};
+
+/// `Gradients`, and those of the parameters of each trainable term, in the order in which the terms
+/// are listed and each of its parameters' shape: std::get<0>(gradients.terms).
+template <class Gradients, class... Matrices>
+struct WithTermGradients : Gradients {
+  std::tuple<Matrices...> terms;
 };
 
 /// Gradients of a loss with respect to the inputs of `project`.

@@ -75,6 +75,9 @@ class Arena {
   /// Leaves out `bytes` bytes, as many as arrays took before.
   void skip(std::size_t bytes) { used_ += bytes; }
 
+  /// Goes back to what lies `bytes` bytes before.
+  void go_back(std::size_t bytes) { used_ -= bytes; }
+
   /// Bytes taken, each array rounded up to whole lines.
   std::size_t used() const { return used_; }
 

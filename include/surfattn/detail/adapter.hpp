@@ -7,7 +7,10 @@
 #include <optional>
 #include <string>
 #include <surfattn/detail/batch.hpp>
+#include <surfattn/terms/parameter.hpp>
 #include <surfattn/workspace.hpp>
+#include <tuple>
+#include <utility>
 
 namespace surfattn::detail {
 
@@ -25,16 +28,6 @@ inline void check_workspace(const Require& require, const Workspace& workspace,
                std::to_string(needed) + " (see workspace_size)");
 }
 
-template <class Scalar>
-std::size_t workspace_size(Pass pass, const Shape& batch, bool values_are_keys,
-                           const Executor* executor) {
-  return pass == Pass::forward
-             ? work_plan(batch, ForwardPlanner<Scalar>{concurrency(executor)}, executor)
-                   .workspace_size()
-             : work_plan(batch, BackwardPlanner<Scalar>{values_are_keys}, executor)
-                   .workspace_size();
-}
-
 /// Binds terms to the sequences of a batch, once to check them and again by whoever computes one.
 template <class... Terms>
 auto term_binder(const Shape& batch, const Require& require, const Terms&... terms) {
@@ -45,9 +38,85 @@ auto term_binder(const Shape& batch, const Require& require, const Terms&... ter
   return bind;
 }
 
+/// Bytes of workspace; a forward pass needs none for its terms.
+template <class Scalar>
+std::size_t forward_workspace_size(const Shape& batch, const Executor* executor) {
+  return work_plan(batch, ForwardPlanner<Scalar>{concurrency(executor)}, executor).workspace_size();
+}
+
+template <class Scalar, class... Terms>
+std::size_t workspace_size(Pass pass, const Shape& batch, bool values_are_keys,
+                           const Executor* executor, const Require& require,
+                           const Terms&... terms) {
+  if (pass == Pass::forward) return forward_workspace_size<Scalar>(batch, executor);
+  const auto bind = term_binder(batch, require, terms...);
+  const BackwardPlanner<Scalar, decltype(bind)> planner{values_are_keys, bind};
+  return work_plan(batch, planner, executor).workspace_size();
+}
+
 template <class Scalar>
 Matrix<Scalar> matrix(Extent extent) {
   return Matrix<Scalar>(extent.rows, extent.cols);
+}
+
+/// The result type of a backward function: `Gradients`, and one matrix for each trainable term.
+template <class Gradients, class Entries>
+struct with_terms_of;
+template <class Gradients, class... Entries>
+struct with_terms_of<Gradients, std::tuple<Entries...>> {
+  using type = WithTermGradients<Gradients, Entries...>;
+};
+template <class Gradients>
+struct with_terms_of<Gradients, std::tuple<>> {
+  using type = Gradients;
+};
+
+/// A tuple of one matrix for the gradient of a trainable term; of another term, of none. A term
+/// that has been told where its gradient goes keeps that, and its matrix stays empty.
+template <class Term>
+auto gradient_entry(const Term& term) {
+  if constexpr (TrainableTermType<Term>) {
+    const Extent extent = term.wants_gradient() ? Extent{} : term.parameter_extent();
+    return std::tuple(matrix<typename Term::ParameterScalar>(extent));
+  } else {
+    return std::tuple<>();
+  }
+}
+
+/// The same term, told to write its gradient to its entry, the one at `index`.
+template <std::size_t index, class Term, class Entries>
+decltype(auto) directed(const Term& term, Entries& entries) {
+  if constexpr (TrainableTermType<Term>) {
+    return term.wants_gradient() ? term : term.gradient_into(view(std::get<index>(entries)));
+  } else {
+    return (term);
+  }
+}
+
+/// How many of the terms before the one at `index` are trainable.
+template <std::size_t index, class... Terms>
+constexpr std::size_t trainable_before() {
+  constexpr bool trainable[] = {TrainableTermType<Terms>...};
+  std::size_t count = 0;
+  for (std::size_t i = 0; i < index; ++i) count += trainable[i];
+  return count;
+}
+
+/// Calls run(gradients, terms...) with matrices made for the gradient of every trainable term, and
+/// returns the gradients with these.
+template <class Gradients, class Run, class... Terms>
+auto with_term_gradients(Gradients inputs, const Run& run, const Terms&... terms) {
+  auto entries = std::tuple_cat(gradient_entry(terms)...);
+  [&]<std::size_t... index>(std::index_sequence<index...>) {
+    run(inputs, directed<trainable_before<index, Terms...>()>(terms, entries)...);
+  }
+  (std::index_sequence_for<Terms...>());
+  if constexpr (std::tuple_size_v<decltype(entries)> == 0) {
+    return inputs;
+  } else {
+    return typename with_terms_of<Gradients, decltype(entries)>::type{std::move(inputs),
+                                                                      std::move(entries)};
+  }
 }
 
 /// Binds the terms, checks outputs and workspace, and only then runs the forward pass.
@@ -69,14 +138,15 @@ void run_forward(const Operands<Scalar>& operands, const ForwardOutputs<Scalar>&
   forward(operands, bind, planner, plan, outputs, workspace, executor);
 }
 
-/// The same for the backward pass.
-template <class Scalar, class... Terms>
+/// The same for the backward pass; `done` as for `backward`.
+template <class Scalar, class Done, class... Terms>
 void run_backward(const Operands<Scalar>& operands, const Upstream<Scalar>& upstream,
                   const GradientOutputs<Scalar>& gradients, const Workspace& workspace,
-                  Executor* executor, const Require& require, const Terms&... terms) {
+                  Executor* executor, const Require& require, const Done& done,
+                  const Terms&... terms) {
   const Shape& shape = operands.shape;
   const auto bind = term_binder(shape, require, terms...);
-  const BackwardPlanner<Scalar> planner{operands.values_are_keys};
+  const BackwardPlanner<Scalar, decltype(bind)> planner{operands.values_are_keys, bind};
   const WorkPlan plan = work_plan(shape, planner, executor);
   require.shape("forward.out", extent(upstream.out), shape.out_extent(),
                 "queries × query heads · value width");
@@ -92,7 +162,8 @@ void run_backward(const Operands<Scalar>& operands, const Upstream<Scalar>& upst
                   "the shape of values");
   }
   check_workspace(require, workspace, plan.least_workspace_size());
-  backward(operands, bind, planner, plan, upstream, gradients, workspace, executor);
+  (clear_gradient(terms), ...);
+  backward(operands, bind, planner, plan, upstream, gradients, workspace, executor, done);
 }
 
 }  // namespace surfattn::detail

@@ -4,8 +4,10 @@
 
 #include <algorithm>
 #include <atomic>
+#include <memory>
 #include <surfattn/detail/operands.hpp>
 #include <surfattn/detail/score_tile.hpp>
+#include <surfattn/detail/term_gradients.hpp>
 #include <surfattn/detail/tiling.hpp>
 #include <surfattn/workspace.hpp>
 
@@ -102,18 +104,25 @@ using Turn = std::atomic<Index>;
 struct Turns {
   Turn* own;
   Turn* before;  ///< of the block before; null for the first
+  /// Of the block of the same keys in the key/value head before, or in the sequence before; null
+  /// where no term sums over these.
+  Turn* same_keys_before = nullptr;
 
-  void wait_for(Index turn) const {
-    if (!before) return;
-    for (Index passed = before->load(std::memory_order_acquire); passed <= turn;
-         passed = before->load(std::memory_order_acquire)) {
-      before->wait(passed, std::memory_order_acquire);
-    }
-  }
+  void wait_for(Index turn) const { wait_for(before, turn); }
+  void wait_for_same_keys(Index turn) const { wait_for(same_keys_before, turn); }
 
   void pass(Index turn) const {
     own->store(turn + 1, std::memory_order_release);
     own->notify_all();
+  }
+
+ private:
+  static void wait_for(Turn* other, Index turn) {
+    if (!other) return;
+    for (Index passed = other->load(std::memory_order_acquire); passed <= turn;
+         passed = other->load(std::memory_order_acquire)) {
+      other->wait(passed, std::memory_order_acquire);
+    }
   }
 };
 
@@ -137,8 +146,8 @@ class BackwardTask {
  public:
   BackwardTask(const Operands<Scalar>& operands, const Terms& terms, const Tiling& tiling,
                const Upstream<Scalar>& upstream, const GradientOutputs<Scalar>& gradients,
-               BackwardBuffers<Accumulator>& buffers, Index key_value_head, Index first_key,
-               Turns turns)
+               BackwardBuffers<Accumulator>& buffers, const TermTask<Scalar, Terms>& term_task,
+               Index key_value_head, Index first_key, Turns turns)
       : operands_(operands),
         shape_(operands.shape),
         terms_(terms),
@@ -146,6 +155,7 @@ class BackwardTask {
         upstream_(upstream),
         gradients_(gradients),
         buffers_(buffers),
+        term_task_(term_task),
         key_value_head_(key_value_head),
         first_key_(first_key),
         turns_(turns),
@@ -209,6 +219,9 @@ class BackwardTask {
     }
     turns_.wait_for(turn);
     if (packed) add_to_grad_queries(head, first_query, queries);
+    if (packed) term_task_.end_run(head, first_query, queries);
+    wait_for_same_keys(
+        first_query);  // tile or no tile, so that whoever waits for this waits for all
     turns_.pass(turn);
   }
 
@@ -231,6 +244,7 @@ class BackwardTask {
     grad_out_of_tile_ = pack_row_operand(grad_out, Accumulator(1), buffers_.grad_out.panels,
                                          buffers_.grad_out.non_finite);
     load_row_statistics(tile, grad_out, out_rows(upstream_.out, tile));
+    term_task_.begin_run(tile.queries);
     std::fill(buffers_.grad_queries, buffers_.grad_queries + tile.queries * buffers_.key_stride,
               Accumulator(0));
   }
@@ -243,7 +257,8 @@ class BackwardTask {
       const auto log_sum_exp =
           static_cast<Accumulator>(upstream_.log_sum_exp(tile.first_query + i, tile.head));
       const bool sees_a_key = log_sum_exp != simd::minus_infinity<Accumulator>;
-      const Accumulator offset = query_offset(operands_, tile.head, tile.first_query + i);
+      const Accumulator offset =
+          offset_beside_scores<Terms>(operands_, tile.head, tile.first_query + i);
       buffers_.log_sum_exp[i] =
           sees_a_key ? (log_sum_exp - offset) * simd::log2_e<Accumulator> : Accumulator(0);
     }
@@ -259,19 +274,30 @@ class BackwardTask {
         tile, shape_.head_dim,
         simd::packed_left(buffers_.queries.columns, shape_.head_dim, 0, tile.queries),
         keys.transposed_keys + offset * shape_.head_dim, keys.key_bias + offset, weights);
+    finish_scores(operands_, terms_, tile, weights, term_task_.records());
     simd::set_product<Accumulator>(
         tile.queries, tile.keys, shape_.value_dim,
         simd::packed_left(buffers_.grad_out.columns, shape_.value_dim, 0, tile.queries),
         {keys.transposed_values + offset * shape_.value_dim,
          shape_.value_dim * simd::panel_width<Accumulator>},
         grad_scores);
+    term_task_.drop_gradients(tile, grad_scores);
     differentiate_softmax(tile, weights, grad_scores);
     if (coverage == Coverage::partial) {
       // By selection, and last: a row whose score is NaN in sight of one key has NaN for every weight.
       terms_.hide(tile, weights.data, weights.row_stride, Accumulator(0));
       terms_.hide(tile, grad_scores.data, grad_scores.row_stride, Accumulator(0));
     }
+    term_task_.drop_weights(tile, weights);
+    term_task_.differentiate(tile, grad_scores, [&] { wait_for_same_keys(tile.first_query); });
     add_to_gradients(tile, weights, grad_scores, key_tile, offset);
+  }
+
+  /// Returns when the item before this one at the same keys has passed these queries with all its
+  /// query heads.
+  void wait_for_same_keys(Index first_query) const {
+    const Index runs = blocks(shape_.queries, tiling_.query_tile);
+    turns_.wait_for_same_keys((shape_.group() - 1) * runs + first_query / tiling_.query_tile);
   }
 
   /// S → W = 2^(S − L) and dP → dS = W∘(dP − D), in place.
@@ -363,6 +389,7 @@ class BackwardTask {
   const Upstream<Scalar>& upstream_;
   const GradientOutputs<Scalar>& gradients_;
   BackwardBuffers<Accumulator>& buffers_;
+  const TermTask<Scalar, Terms>& term_task_;
   Index key_value_head_;
   Index first_key_;
   Turns turns_;
@@ -379,48 +406,96 @@ void set_zero(MatrixView<Scalar> view) {
 }
 
 /// How the backward pass of a sequence is shared out: one item for each block of keys of each
-/// key/value head, and a counter of turns for each item.
+/// key/value head. The items share a counter of turns for each, and the sums of the terms.
 template <class Scalar>
 struct BackwardPlan {
+  using Accumulator = accumulator_t<Scalar>;
+
   Shape shape;
   bool values_are_keys;
   Tiling tiling;
   Index items;
+  TermSums<Accumulator> sums;
 
-  BackwardPlan(const Shape& sequence, const Tiling& cut, bool shared)
+  template <class Terms = TermChain<>>
+  BackwardPlan(const Shape& sequence, const Tiling& cut, bool shared, const Terms& terms = Terms())
       : shape(sequence),
         values_are_keys(shared),
         tiling(cut),
-        items(shape.key_value_heads * blocks(shape.keys, tiling.block)) {}
+        items(shape.key_value_heads * blocks(shape.keys, tiling.block)),
+        sums(terms, shape, items, shared) {
+    Arena counter;
+    BackwardBuffers<Accumulator>(counter, shape, tiling, values_are_keys);
+    TermBuffers<Accumulator, Terms>(counter, tiling);
+    bytes_per_worker_ = counter.used();
+  }
 
   std::size_t shared_bytes() const {
-    Arena turns;
-    turns.take<Turn>(items);
-    return turns.used();
-  }
-  std::size_t bytes_per_worker() const {
     Arena counter;
-    BackwardBuffers<accumulator_t<Scalar>>(counter, shape, tiling, values_are_keys);
+    turns_in(counter);
+    TermSums<Accumulator>(sums).take(counter);
     return counter.used();
   }
+  std::size_t bytes_per_worker() const { return bytes_per_worker_; }
+
+  Turn* turns_in(Arena& shared) const { return shared.take<Turn>(items); }
+
+  /// The sums, in the memory that all workers share.
+  TermSums<Accumulator> sums_in(Arena shared) const {
+    turns_in(shared);
+    TermSums<Accumulator> placed = sums;
+    placed.take(shared);
+    return placed;
+  }
+
+ private:
+  std::size_t bytes_per_worker_ = 0;
 };
 
-/// All gradients but for `gradients.queries`, to which its part is added: the items of one sequence
-/// that fall to one worker. `shared` holds the turns, all 0 at first.
+/// Before the items of a sequence: all turns and sums are 0.
+template <class Scalar>
+void start_backward(const BackwardPlan<Scalar>& plan, Arena shared) {
+  const TermSums<accumulator_t<Scalar>> sums = plan.sums_in(shared);
+  std::uninitialized_value_construct_n(plan.turns_in(shared), plan.items);
+  sums.set_zero();
+}
+
+/// The turns of an item. Where a term adds to the same numbers from different heads, or from
+/// different sequences (which then have the same shape), they do so in order.
+template <class Scalar, class Terms>
+Turns turns_of(Index item, const Terms& terms, const BackwardPlan<Scalar>& plan, Arena shared) {
+  const Index blocks_per_head = blocks(plan.shape.keys, plan.tiling.block);
+  Arena of_sequence = shared;
+  Turn* turns = plan.turns_in(of_sequence);
+  Turns own{turns + item, item % blocks_per_head > 0 ? turns + item - 1 : nullptr};
+  if (item >= blocks_per_head && (terms.adds_across_heads() || terms.adds_across_sequences())) {
+    own.same_keys_before = turns + item - blocks_per_head;
+  } else if (plan.shape.sequence > 0 && terms.adds_across_sequences()) {
+    Arena before = shared;
+    before.go_back(plan.shared_bytes());
+    own.same_keys_before = plan.turns_in(before) + plan.items - blocks_per_head + item;
+  }
+  return own;
+}
+
+/// All gradients but for `gradients.queries`, to which its part is added, and those of terms: the
+/// items of one sequence that fall to one worker.
 template <class Scalar, class Terms, class Items>
 void backward(const Operands<Scalar>& operands, const Terms& terms,
               const BackwardPlan<Scalar>& plan, const Upstream<Scalar>& upstream,
               const GradientOutputs<Scalar>& gradients, Arena shared, Arena own,
               const Items& items) {
-  Turn* turns = shared.take<Turn>(plan.items);
+  using Accumulator = accumulator_t<Scalar>;
   const Index blocks_per_head = blocks(plan.shape.keys, plan.tiling.block);
-  BackwardBuffers<accumulator_t<Scalar>> buffers(own, plan.shape, plan.tiling,
-                                                 plan.values_are_keys);
+  const TermSums<Accumulator> sums = plan.sums_in(shared);
+  BackwardBuffers<Accumulator> buffers(own, plan.shape, plan.tiling, plan.values_are_keys);
+  TermBuffers<Accumulator, Terms> term_buffers(own, plan.tiling);
   items([&](Index item) {
-    const Index block = item % blocks_per_head;
+    const TermTask<Scalar, Terms> term_task(plan.shape, terms, term_buffers, sums, item);
     BackwardTask<Scalar, Terms>(operands, terms, plan.tiling, upstream, gradients, buffers,
-                                item / blocks_per_head, block * plan.tiling.block,
-                                {turns + item, block > 0 ? turns + item - 1 : nullptr})
+                                term_task, item / blocks_per_head,
+                                item % blocks_per_head * plan.tiling.block,
+                                turns_of(item, terms, plan, shared))
         .run();
   });
 }

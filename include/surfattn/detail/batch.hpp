@@ -32,13 +32,16 @@ struct ForwardPlanner {
   }
 };
 
-template <class Scalar>
+/// `Bind` gives the terms of a sequence, for what they need to be planned for.
+template <class Scalar, class Bind>
 struct BackwardPlanner {
   bool values_are_keys;
+  const Bind& bind;
 
   template <class Use>
   void operator()(const Shape& sequence, const Use& use) const {
-    use(BackwardPlan<Scalar>(sequence, backward_tiling<Scalar>(sequence), values_are_keys));
+    use(BackwardPlan<Scalar>(sequence, backward_tiling<Scalar>(sequence), values_are_keys,
+                             bind(sequence)));
   }
 };
 
@@ -74,6 +77,17 @@ void visit_sequences(const Shape& batch, const Planner& planner, Arena shared, c
   }
 }
 
+/// Calls use(plan, shared) for every sequence.
+template <class Planner, class Use>
+void for_each_sequence(const Shape& batch, const Planner& planner, Arena shared, const Use& use) {
+  for (Index s = 0; s < batch.sequences.count(); ++s) {
+    planner(batch.of_sequence(s), [&](const auto& sequence) {
+      use(sequence, shared);
+      shared.skip(sequence.shared_bytes());
+    });
+  }
+}
+
 /// O = W·V and log_sum_exp, every output written once. `bind` gives the terms of a sequence;
 /// `plan` is what the planner makes of the batch.
 template <class Scalar, class Bind, class Planner>
@@ -90,23 +104,29 @@ void forward(const Operands<Scalar>& batch, const Bind& bind, const Planner& pla
                     });
   });
   if (plan.shared_bytes == 0) return;
-  Arena shared(workspace);
-  for (Index s = 0; s < batch.shape.sequences.count(); ++s) {
-    planner(batch.shape.of_sequence(s), [&](const auto& sequence) {
-      finish_forward(batch.of_sequence(s), sequence, outputs.of_sequence(sequence.shape), shared);
-      shared.skip(sequence.shared_bytes());
-    });
-  }
+  for_each_sequence(
+      batch.shape, planner, Arena(workspace), [&](const auto& sequence, Arena shared) {
+        finish_forward(batch.of_sequence(sequence.shape.sequence), bind(sequence.shape), sequence,
+                       outputs.of_sequence(sequence.shape), shared);
+      });
 }
 
-/// All gradients, every output written.
-template <class Scalar, class Bind, class Planner>
+/// What nobody does with a sequence whose gradients are done.
+struct DoNothing {
+  template <class... Arguments>
+  void operator()(const Arguments&...) const {}
+};
+
+/// All gradients, every output written; to those of terms the pass adds. In the end calls
+/// done(operands, gradients, r) for each sequence in order, where r holds r_i = Σ_j dS_ij of the raw
+/// scores at head·Tq + i, or is null where these are 0.
+template <class Scalar, class Bind, class Planner, class Done = DoNothing>
 void backward(const Operands<Scalar>& batch, const Bind& bind, const Planner& planner,
               const WorkPlan& plan, const Upstream<Scalar>& upstream,
               const GradientOutputs<Scalar>& gradients, const Workspace& workspace,
-              Executor* executor) {
-  const auto turns = static_cast<std::ptrdiff_t>(plan.shared_bytes / sizeof(Turn));
-  std::uninitialized_value_construct_n(Arena(workspace).take<Turn>(turns), turns);
+              Executor* executor, const Done& done = {}) {
+  for_each_sequence(batch.shape, planner, Arena(workspace),
+                    [](const auto& sequence, Arena shared) { start_backward(sequence, shared); });
   set_zero(gradients.queries);
   share_items(executor, plan.workers_within(workspace), [&](Index worker, const auto& take) {
     visit_sequences(batch.shape, planner, Arena(workspace), take,
@@ -118,6 +138,16 @@ void backward(const Operands<Scalar>& batch, const Bind& bind, const Planner& pl
                                plan.arena_of(workspace, worker), items);
                     });
   });
+  const bool has_norms = batch.query_norm_weight != accumulator_t<Scalar>(0);
+  for_each_sequence(
+      batch.shape, planner, Arena(workspace), [&](const auto& sequence, Arena shared) {
+        const auto operands = batch.of_sequence(sequence.shape.sequence);
+        const auto of_sequence = gradients.of_sequence(sequence.shape);
+        const auto sums = sequence.sums_in(shared);
+        finish_term_gradients(operands, bind(sequence.shape), sums,
+                              upstream.of_sequence(sequence.shape), of_sequence.queries);
+        done(operands, of_sequence, has_norms ? sums.raw_rows : nullptr);
+      });
 }
 
 }  // namespace surfattn::detail

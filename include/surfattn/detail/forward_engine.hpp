@@ -114,10 +114,12 @@ class ForwardTask {
                             simd::packed_left(buffers_.queries, shape_.head_dim, row, tile.queries),
                             buffers_.key_panels + offset * shape_.head_dim,
                             buffers_.key_bias + offset, scores);
+    finish_scores(operands_, terms_, tile, scores);
     if (coverage == Coverage::partial) {
       terms_.hide(tile, scores.data, scores.row_stride, simd::minus_infinity<Accumulator>);
     }
     buffers_.outs.take_weights(row, tile.queries, tile.keys, scores);
+    terms_.drop(tile, scores);
     add_weighted_rows<false>(terms_, tile, scores, values_, offset,
                              buffers_.outs.tile(row));  // O += W·V
   }
@@ -125,7 +127,7 @@ class ForwardTask {
   void store(const ForwardOutputs<Scalar>& outputs) const {
     for (Index member = 0; member < shape_.group(); ++member) {
       for (Index i = 0; i < queries_; ++i) {
-        buffers_.outs.write(member * buffers_.member_rows + i, operands_, outputs,
+        buffers_.outs.write(member * buffers_.member_rows + i, operands_, terms_, outputs,
                             first_head() + member, first_query_ + i);
       }
     }
@@ -180,8 +182,8 @@ void forward(const Operands<Scalar>& operands, const Terms& terms, const Forward
   });
 }
 
-template <class Scalar>
-void finish_forward(const Operands<Scalar>&, const ForwardPlan<Scalar>&,
+template <class Scalar, class Terms>
+void finish_forward(const Operands<Scalar>&, const Terms&, const ForwardPlan<Scalar>&,
                     const ForwardOutputs<Scalar>&, Arena) {}
 
 }  // namespace surfattn::detail

@@ -61,6 +61,13 @@ struct OnlineSoftmax {
     maximum[row] = largest;
   }
 
+  /// Takes in one score more, in units of ln 2, of a key whose value is 0.
+  void include(Index row, Accumulator score, Accumulator* out, Index padded_dim) const {
+    if (score == simd::minus_infinity<Accumulator>) return;
+    raise(row, score, out, padded_dim);
+    sum[row] += std::exp2(score - maximum[row]);
+  }
+
   /// ln2·(m + log₂ l); −∞ where no key was seen.
   Accumulator log_sum_exp(Index row) const {
     return sum[row] == Accumulator(0)

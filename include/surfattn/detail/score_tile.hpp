@@ -44,14 +44,45 @@ void score_tile(const Tile& tile, Index head_dim, const simd::ColumnsOperand<Acc
                                  {keys, head_dim * simd::panel_width<Accumulator>}, scores, bias);
 }
 
-/// query_norm_weight·‖q_i‖², what a query adds to its log-sum-exp.
+/// query_norm_weight·‖q_i‖², what a query adds to its log-sum-exp. Never inlined, where compilers would
+/// fuse the product with the sum, or not, differently for different terms.
 template <class Scalar>
-accumulator_t<Scalar> query_offset(const Operands<Scalar>& operands, Index head, Index query) {
+SURFATTN_NEVER_INLINE accumulator_t<Scalar> query_offset(const Operands<Scalar>& operands,
+                                                         Index head, Index query) {
   accumulator_t<Scalar> norm(0);
   if (operands.query_norm_weight != accumulator_t<Scalar>(0)) {
     simd::squared_norms(operands.query_head(head).block_rows(query, 1), &norm);
   }
   return operands.query_norm_weight * norm;
+}
+
+/// Raw scores → the scores that the softmax takes: modifiers, then biases. Modifiers and sinks see
+/// the whole raw score, with the norm of the query that otherwise only goes into the log-sum-exp.
+template <class Scalar, class Terms>
+void finish_scores(const Operands<Scalar>& operands, const Terms& terms, const Tile& tile,
+                   simd::Tile<accumulator_t<Scalar>> scores,
+                   const TermRecords<accumulator_t<Scalar>, Terms::records>& records = {}) {
+  using Accumulator = accumulator_t<Scalar>;
+  if constexpr (Terms::needs_whole_scores) {
+    for (Index i = 0; i < tile.queries && operands.query_norm_weight != Accumulator(0); ++i) {
+      const Accumulator offset = query_offset(operands, tile.head, tile.first_query + i);
+      simd::add_to_row(scores.data + i * scores.row_stride, offset * simd::log2_e<Accumulator>,
+                       simd::padded<Accumulator>(tile.keys));
+    }
+  }
+  if constexpr (Terms::modifies_scores || Terms::has_biases)
+    terms.change_scores(tile, scores, records);
+}
+
+/// query_norm_weight·‖q_i‖² where the scores of the softmax do not hold it.
+template <class Terms, class Scalar>
+accumulator_t<Scalar> offset_beside_scores(const Operands<Scalar>& operands, Index head,
+                                           Index query) {
+  if constexpr (Terms::needs_whole_scores) {
+    return accumulator_t<Scalar>(0);
+  } else {
+    return query_offset(operands, head, query);
+  }
 }
 
 /// Rows of an input, times `factor`, as a right operand.
@@ -100,7 +131,7 @@ void add_non_finite_rows(const Terms& terms, const Tile& tile,
   for (Index n = 0; n < b.non_finite.count; ++n) {
     const Index k = b.non_finite.rows[n] - first;
     for (Index r = 0; 0 <= k && k < depth && r < rows; ++r) {
-      if (!terms.allows(tile.first_query + (transposed ? k : r),
+      if (!terms.allows(tile.head, tile.first_query + (transposed ? k : r),
                         tile.first_key + (transposed ? r : k)))
         continue;
       const auto weight = a.from(r)[k * a.depth_stride()];

@@ -52,18 +52,22 @@ struct SoftmaxRows {
     softmax.merge(row, part.softmax, out + row * stride, part.out + row * stride, stride);
   }
 
-  /// The finished row: o/l and the log-sum-exp, −∞ where no key was seen.
-  template <class Scalar>
-  void write(Index row, const Operands<Scalar>& operands, const ForwardOutputs<Scalar>& outputs,
-             Index head, Index query) const {
+  /// The finished row: o/l and the log-sum-exp, −∞ where no key was seen and no sink is.
+  template <class Scalar, class Terms>
+  void write(Index row, const Operands<Scalar>& operands, const Terms& terms,
+             const ForwardOutputs<Scalar>& outputs, Index head, Index query) const {
+    terms.each_sink([&](const auto& sink) {
+      const auto logit = sink.template logit<Accumulator>(head) * simd::log2_e<Accumulator>;
+      softmax.include(row, logit, out + row * stride, stride);
+    });
     const Index value_dim = operands.shape.value_dim;
     simd::write_row<simd::Store::set>(out + row * stride, softmax.normaliser(row),
                                       outputs.out.block_cols(head * value_dim, value_dim), query);
     if (!outputs.log_sum_exp) return;
     const Accumulator seen = softmax.log_sum_exp(row);
     const bool sees_a_key = seen != simd::minus_infinity<Accumulator>;
-    (*outputs.log_sum_exp)(query, head) =
-        static_cast<Scalar>(sees_a_key ? seen + query_offset(operands, head, query) : seen);
+    (*outputs.log_sum_exp)(query, head) = static_cast<Scalar>(
+        sees_a_key ? seen + offset_beside_scores<Terms>(operands, head, query) : seen);
   }
 };
 

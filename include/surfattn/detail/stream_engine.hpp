@@ -142,6 +142,8 @@ class StreamTask {
     if (coverage == Coverage::empty) return;
     score(head, first_key, keys, coverage);
     outs.take_weights(first_row(head), rows(), keys, scores(0));
+    for (Index member = 0; member < shape_.group(); ++member)
+      terms_.drop(tile_of(head, member, first_key, keys), scores(member));
     add_values(head, first_key, keys, coverage, outs);
   }
 
@@ -154,9 +156,12 @@ class StreamTask {
     fill_key_bias(operands_, head, first_key, key_rows, buffers_.key_bias);
     simd::set_dot_products<Accumulator>(rows(), packed_queries(first_row(head)), key_rows,
                                         scores(0), buffers_.key_bias, keys_ahead_);
-    for (Index member = 0; coverage == Coverage::partial && member < shape_.group(); ++member) {
-      terms_.hide(tile_of(head, member, first_key, keys), scores(member).data,
-                  buffers_.score_stride, simd::minus_infinity<Accumulator>);
+    for (Index member = 0; member < shape_.group(); ++member) {
+      const Tile tile = tile_of(head, member, first_key, keys);
+      finish_scores(operands_, terms_, tile, scores(member));
+      if (coverage == Coverage::full) continue;
+      terms_.hide(tile, scores(member).data, buffers_.score_stride,
+                  simd::minus_infinity<Accumulator>);
     }
   }
 
@@ -217,12 +222,13 @@ class StreamTask {
   simd::RowsAhead<Scalar> keys_ahead_, values_ahead_;
 };
 
-template <class Scalar>
-void write_rows(const Operands<Scalar>& operands, const SoftmaxRows<accumulator_t<Scalar>>& rows,
+template <class Scalar, class Terms>
+void write_rows(const Operands<Scalar>& operands, const Terms& terms,
+                const SoftmaxRows<accumulator_t<Scalar>>& rows,
                 const ForwardOutputs<Scalar>& outputs) {
   const Shape& shape = operands.shape;
   for (Index row = 0; row < shape.query_heads * shape.queries; ++row) {
-    rows.write(row, operands, outputs, row / shape.queries, row % shape.queries);
+    rows.write(row, operands, terms, outputs, row / shape.queries, row % shape.queries);
   }
 }
 
@@ -237,20 +243,21 @@ void forward(const Operands<Scalar>& operands, const Terms& terms, const StreamP
     task.run(first_key, std::min(plan.part, plan.shape.keys - first_key), plan.run,
              plan.items > 1 ? plan.part_of(shared, item) : buffers.outs);
   });
-  if (plan.items == 1) write_rows(operands, buffers.outs, outputs);
+  if (plan.items == 1) write_rows(operands, terms, buffers.outs, outputs);
 }
 
 /// Merges the parts of a sequence, in order, and writes every output once.
-template <class Scalar>
-void finish_forward(const Operands<Scalar>& operands, const StreamPlan<Scalar>& plan,
-                    const ForwardOutputs<Scalar>& outputs, Arena shared) {
+template <class Scalar, class Terms>
+void finish_forward(const Operands<Scalar>& operands, const Terms& terms,
+                    const StreamPlan<Scalar>& plan, const ForwardOutputs<Scalar>& outputs,
+                    Arena shared) {
   if (plan.items == 1) return;
   const auto whole = plan.part_of(shared, 0);
   for (Index item = 1; item < plan.items; ++item) {
     const auto part = plan.part_of(shared, item);
     for (Index row = 0; row < plan.rows(); ++row) whole.merge(row, part);
   }
-  write_rows(operands, whole, outputs);
+  write_rows(operands, terms, whole, outputs);
 }
 
 }  // namespace surfattn::detail

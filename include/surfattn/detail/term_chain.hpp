@@ -3,20 +3,28 @@
 #pragma once
 
 #include <algorithm>
-#include <surfattn/terms.hpp>
+#include <array>
+#include <surfattn/detail/simd/term_rows.hpp>
+#include <surfattn/terms/term.hpp>
 #include <tuple>
+#include <utility>
 
 namespace surfattn::detail {
 
 template <RangeMask Mask>
-bool allows(const Mask& mask, Index query, Index key) {
+bool allows(const Mask& mask, Index, Index query, Index key) {
   const KeyRange range = mask.range(query);
   return range.first <= key && key < range.last;
 }
 
-template <PairMask Mask>
-bool allows(const Mask& mask, Index query, Index key) {
+template <SharedPairMask Mask>
+bool allows(const Mask& mask, Index, Index query, Index key) {
   return mask.allows(query, key);
+}
+
+template <HeadPairMask Mask>
+bool allows(const Mask& mask, Index head, Index query, Index key) {
+  return mask.allows(head, query, key);
 }
 
 template <RangeMask Mask>
@@ -69,24 +77,49 @@ template <PairMask Mask, class Scalar>
 void hide(const Mask& mask, const Tile& tile, Scalar* data, Index row_stride, Scalar value) {
   for (Index i = 0; i < tile.queries; ++i, data += row_stride) {
     for (Index j = 0; j < tile.keys; ++j) {
-      if (!mask.allows(tile.first_query + i, tile.first_key + j)) data[j] = value;
+      if (!allows(mask, tile.head, tile.first_query + i, tile.first_key + j)) data[j] = value;
     }
   }
 }
 
-/// Terms bound to one problem. A query sees a key where every term lets it.
+template <class T>
+concept Mask = RangeMask<T> || PairMask<T>;
+
+/// Tiles of memory for what a chain of terms records of one tile; no data in a forward pass.
+template <class Accumulator, std::size_t count>
+using TermRecords = std::array<simd::Tile<Accumulator>, count>;
+
+/// Terms bound to one problem. A query sees a key where every mask lets it.
 template <class... Bound>
 class TermChain {
  public:
+  static_assert(((Mask<Bound> || ScoreModifier<Bound> || ScoreBias<Bound> || SoftmaxSink<Bound> ||
+                  WeightDropout<Bound>)&&...),
+                "surfattn: a term must act as a mask, a modifier, a bias, a sink or a dropout");
+
+  static constexpr bool modifies_scores = (ScoreModifier<Bound> || ...);
+  static constexpr bool has_biases = (ScoreBias<Bound> || ...);
+  static constexpr bool has_sinks = (SoftmaxSink<Bound> || ...);
+  static constexpr bool drops_weights = (WeightDropout<Bound> || ...);
+  static constexpr bool is_trainable = (TrainableBound<Bound> || ...);
+  static constexpr std::size_t modifiers = (std::size_t(ScoreModifier<Bound>) + ... + 0);
+
+  /// Each modifier and then each dropout leaves a record of a tile for the way back.
+  static constexpr std::size_t records = modifiers + (std::size_t(WeightDropout<Bound>) + ... + 0);
+
+  /// Whether a number added to all scores of a row would show in the result, as it does not in a
+  /// softmax alone.
+  static constexpr bool needs_whole_scores = modifies_scores || has_sinks;
+
   explicit TermChain(const Bound&... bound) : terms_(bound...) {}
 
-  bool allows(Index query, Index key) const {
-    return every([&](const auto& term) { return detail::allows(term, query, key); });
+  bool allows(Index head, Index query, Index key) const {
+    return every_mask([&](const auto& term) { return detail::allows(term, head, query, key); });
   }
 
   Coverage coverage(const Tile& tile) const {
     bool full = true;
-    const bool possible = every([&](const auto& term) {
+    const bool possible = every_mask([&](const auto& term) {
       const Coverage answer = detail::coverage(term, tile);
       full = full && answer == Coverage::full;
       return answer != Coverage::empty;
@@ -98,7 +131,7 @@ class TermChain {
   /// of `step` keys can be left out.
   Tile trim(const Tile& tile, Index step) const {
     Index first = tile.first_key, last = tile.first_key + tile.keys;
-    every([&](const auto& term) {
+    every_mask([&](const auto& term) {
       const KeyRange seen = detail::seen_keys(term, tile);
       first = std::max(first, seen.first);
       last = std::min(last, seen.last);
@@ -112,15 +145,176 @@ class TermChain {
 
   template <class Scalar>
   void hide(const Tile& tile, Scalar* data, Index row_stride, Scalar value) const {
-    every(
+    every_mask(
         [&](const auto& term) { return detail::hide(term, tile, data, row_stride, value), true; });
   }
 
+  /// Modifiers, in the order in which they are listed, and then biases.
+  template <class Accumulator>
+  void change_scores(const Tile& tile, simd::Tile<Accumulator> scores,
+                     const TermRecords<Accumulator, records>& kept) const {
+    each([&]<std::size_t index>(const auto& term) {
+      if constexpr (ScoreModifier<Term<index>>) term.modify(tile, scores, kept[modifier<index>()]);
+    });
+    each([&]<std::size_t index>(const auto& term) {
+      if constexpr (ScoreBias<Term<index>>) term.add_to(tile, scores);
+    });
+  }
+
+  /// dS of the scores that the softmax takes → dS of the raw scores: the way back through the
+  /// modifiers. `of_term(index)` says where a term sums the gradient of its parameters.
+  template <class Accumulator, class SumsOfTerm>
+  void differentiate(const Tile& tile, const TermRecords<Accumulator, records>& kept,
+                     simd::Tile<Accumulator> gradients, const SumsOfTerm& of_term) const {
+    each_backwards([&]<std::size_t index>(const auto& term) {
+      if constexpr (ScoreModifier<Term<index>>)
+        term.differentiate(tile, kept[modifier<index>()], gradients, of_term(index));
+    });
+  }
+
+  /// Weights times the factors of every dropout.
+  template <class Accumulator>
+  void drop(const Tile& tile, simd::Tile<Accumulator> weights) const {
+    each([&]<std::size_t index>(const auto& term) {
+      if constexpr (WeightDropout<Term<index>>) drop_rows(term, tile, weights);
+    });
+  }
+
+  /// Weights, or their gradients, times the recorded factors of every dropout.
+  template <class Accumulator>
+  void drop(const Tile& tile, simd::Tile<Accumulator> weights,
+            const TermRecords<Accumulator, records>& kept) const {
+    each([&]<std::size_t index>(const auto&) {
+      if constexpr (WeightDropout<Term<index>>)
+        multiply_rows(tile, kept[dropout<index>()], weights);
+    });
+  }
+
+  /// Records the factors of every dropout.
+  template <class Accumulator>
+  void record_dropout(const Tile& tile, const TermRecords<Accumulator, records>& kept) const {
+    each([&]<std::size_t index>(const auto& term) {
+      if constexpr (WeightDropout<Term<index>>) {
+        const simd::Tile<Accumulator> factors = kept[dropout<index>()];
+        for (Index i = 0; i < tile.queries; ++i) {
+          term.factors({tile.head, tile.first_query + i, tile.first_key},
+                       simd::padded<Accumulator>(tile.keys), factors.data + i * factors.row_stride);
+        }
+      }
+    });
+  }
+
+  /// Calls use(term) for each of the terms of one kind.
+  template <class Use>
+  void each_sink(const Use& use) const {
+    each([&]<std::size_t index>(const auto& term) {
+      if constexpr (SoftmaxSink<Term<index>>) use(term);
+    });
+  }
+
+  /// Whether tiles of different key/value heads add to the same numbers of a gradient.
+  bool adds_across_heads() const {
+    return any_direct([](const auto& term) { return term.adds_across_heads(); });
+  }
+
+  /// Whether tiles of different sequences do.
+  bool adds_across_sequences() const {
+    return any_direct([](const auto& term) { return term.adds_across_sequences(); });
+  }
+
+  /// Calls use(index, term) for each trainable term whose gradient is wanted.
+  template <class Use>
+  void each_wanted_gradient(const Use& use) const {
+    each([&]<std::size_t index>(const auto& term) {
+      if constexpr (TrainableBound<Term<index>>) {
+        if (term.wants_gradient()) use(index, term);
+      }
+    });
+  }
+
  private:
-  /// Whether the predicate holds for every term; stops at the first for which it does not.
+  template <std::size_t index>
+  using Term = std::tuple_element_t<index, std::tuple<Bound...>>;
+
+  template <std::size_t size>
+  static constexpr std::size_t count_before(const bool (&marks)[size], std::size_t index) {
+    std::size_t count = 0;
+    for (std::size_t i = 0; i < index; ++i) count += marks[i];
+    return count;
+  }
+
+  /// The number of a modifier's record.
+  template <std::size_t index>
+  static constexpr std::size_t modifier() {
+    return count_before({ScoreModifier<Bound>...}, index);
+  }
+
+  /// The number of a dropout's record.
+  template <std::size_t index>
+  static constexpr std::size_t dropout() {
+    return modifiers + count_before({WeightDropout<Bound>...}, index);
+  }
+
+  template <class Dropout, class Accumulator>
+  static void drop_rows(const Dropout& dropout, const Tile& tile, simd::Tile<Accumulator> weights) {
+    constexpr Index chunk = 8 * simd::panel_width<Accumulator>;
+    alignas(Arena::alignment) Accumulator factors[chunk];
+    for (Index i = 0; i < tile.queries; ++i) {
+      for (Index j = 0; j < tile.keys; j += chunk) {
+        const Index count = std::min(chunk, simd::padded<Accumulator>(tile.keys - j));
+        dropout.factors({tile.head, tile.first_query + i, tile.first_key + j}, count, factors);
+        simd::select_and_multiply(factors, weights.data + i * weights.row_stride + j, count);
+      }
+    }
+  }
+
+  template <class Accumulator>
+  static void multiply_rows(const Tile& tile, simd::Tile<Accumulator> factors,
+                            simd::Tile<Accumulator> rows) {
+    for (Index i = 0; i < tile.queries; ++i) {
+      simd::select_and_multiply(factors.data + i * factors.row_stride,
+                                rows.data + i * rows.row_stride,
+                                simd::padded<Accumulator>(tile.keys));
+    }
+  }
+
   template <class Predicate>
-  bool every(Predicate&& predicate) const {
-    return std::apply([&](const Bound&... terms) { return (predicate(terms) && ...); }, terms_);
+  bool any_direct(const Predicate& predicate) const {
+    bool any = false;
+    each_wanted_gradient([&]<class T>(std::size_t, const T& term) {
+      if constexpr (DirectTrainable<T>) any |= predicate(term);
+    });
+    return any;
+  }
+
+  template <class Use>
+  void each(const Use& use) const {
+    [&]<std::size_t... index>(std::index_sequence<index...>) {
+      (use.template operator()<index>(std::get<index>(terms_)), ...);
+    }
+    (std::index_sequence_for<Bound...>());
+  }
+
+  template <class Use>
+  void each_backwards(const Use& use) const {
+    [&]<std::size_t... index>(std::index_sequence<index...>) {
+      [[maybe_unused]] constexpr std::size_t last = sizeof...(Bound) - 1;
+      (use.template operator()<last - index>(std::get<last - index>(terms_)), ...);
+    }
+    (std::index_sequence_for<Bound...>());
+  }
+
+  /// Whether the predicate holds for every mask; stops at the first for which it does not.
+  template <class Predicate>
+  bool every_mask(Predicate&& predicate) const {
+    const auto holds = [&]<class T>(const T& term) {
+      if constexpr (Mask<T>) {
+        return predicate(term);
+      } else {
+        return true;
+      }
+    };
+    return std::apply([&](const Bound&... terms) { return (holds(terms) && ...); }, terms_);
   }
 
   std::tuple<Bound...> terms_;

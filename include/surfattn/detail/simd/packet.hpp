@@ -63,6 +63,11 @@ SURFATTN_ALWAYS_INLINE P multiply(P a, P b) {
   return Eigen::internal::pmul(a, b);
 }
 
+template <class P>
+SURFATTN_ALWAYS_INLINE P divide(P a, P b) {
+  return Eigen::internal::pdiv(a, b);
+}
+
 /// a·b + c, fused where the target can.
 template <class P>
 SURFATTN_ALWAYS_INLINE P multiply_add(P a, P b, P c) {
@@ -73,6 +78,12 @@ SURFATTN_ALWAYS_INLINE P multiply_add(P a, P b, P c) {
 template <class P>
 SURFATTN_ALWAYS_INLINE P maximum(P a, P b) {
   return Eigen::internal::pmax(a, b);
+}
+
+/// The smaller; a NaN in `a` stays.
+template <class P>
+SURFATTN_ALWAYS_INLINE P minimum(P a, P b) {
+  return Eigen::internal::pmin(a, b);
 }
 
 template <class P>

@@ -1,0 +1,104 @@
+// surfattn layer 2: what terms do to the rows of score tiles
+
+#pragma once
+
+#include <surfattn/detail/simd/packing.hpp>
+#include <surfattn/detail/simd/row_operations.hpp>
+#include <surfattn/detail/simd/tanh.hpp>
+#include <surfattn/detail/view.hpp>
+#include <type_traits>
+
+namespace surfattn::detail::simd {
+
+/// row ← cap·tanh(row/cap) over a whole number of panels, and `derivatives` ← 1 − tanh²(row/cap).
+template <bool with_derivatives, class Scalar>
+void soft_cap_row(Scalar* row, Scalar cap, Scalar* derivatives, Index count) {
+  const auto factor = broadcast(cap), inverse = broadcast(1 / cap), one = broadcast(Scalar(1));
+  for (Index j = 0; j < count; j += lanes<Scalar>) {
+    const auto t = tanh<Scalar>(multiply(load(row + j), inverse));
+    store(row + j, multiply(factor, t));
+    if constexpr (with_derivatives) store(derivatives + j, multiply(subtract(one, t), add(one, t)));
+  }
+}
+
+/// row ← row + addend over a whole number of panels.
+template <class Scalar>
+void add_to_row(Scalar* row, Scalar addend, Index count) {
+  const auto packet = broadcast(addend);
+  for (Index j = 0; j < count; j += lanes<Scalar>) store(row + j, add(load(row + j), packet));
+}
+
+/// row ← row∘factors over a whole number of panels, where a zero in the row hides whatever stands
+/// in `factors`.
+template <class Scalar>
+void multiply_where_not_zero(const Scalar* factors, Scalar* row, Index count) {
+  for (Index j = 0; j < count; j += lanes<Scalar>) {
+    const auto x = load(row + j);
+    store(row + j, zero_where_zero<Scalar>(x, multiply(x, load(factors + j))));
+  }
+}
+
+/// row ← row∘factors, where a zero in `factors` hides whatever stands in the row.
+template <class Scalar>
+void select_and_multiply(const Scalar* factors, Scalar* row, Index count) {
+  for (Index j = 0; j < count; j += lanes<Scalar>) {
+    const auto f = load(factors + j);
+    store(row + j, zero_where_zero<Scalar>(f, multiply(f, load(row + j))));
+  }
+}
+
+/// Σ row∘factors over `count` numbers, where a zero in the row hides whatever stands in `factors`.
+template <class Scalar>
+Scalar sum_of_row_products(const Scalar* row, const Scalar* factors, Index count) {
+  auto total = broadcast(Scalar(0));
+  Index j = 0;
+  for (; j + lanes<Scalar> <= count; j += lanes<Scalar>) {
+    const auto x = load(row + j);
+    total = add(total, zero_where_zero<Scalar>(x, multiply(x, load(factors + j))));
+  }
+  Scalar rest(0);
+  for (; j < count; ++j) rest += row[j] == Scalar(0) ? Scalar(0) : row[j] * factors[j];
+  return sum(total) + rest;
+}
+
+/// Σ row over `count` numbers.
+template <class Scalar>
+Scalar row_sum(const Scalar* row, Index count) {
+  auto total = broadcast(Scalar(0));
+  Index j = 0;
+  for (; j + lanes<Scalar> <= count; j += lanes<Scalar>) total = add(total, load(row + j));
+  Scalar rest(0);
+  for (; j < count; ++j) rest += row[j];
+  return sum(total) + rest;
+}
+
+/// row_j ← row_j + factor·source_j for `count` numbers that lie `stride` apart.
+template <class Scalar, class Source>
+void add_scaled_source(const Source* source, Index stride, Scalar factor, Scalar* row,
+                       Index count) {
+  Index j = 0;
+  if constexpr (std::is_same_v<Scalar, Source>) {
+    const auto multiplier = broadcast(factor);
+    for (; stride == 1 && j + lanes<Scalar> <= count; j += lanes<Scalar>)
+      store(row + j, multiply_add(load_unaligned(source + j), multiplier, load(row + j)));
+  }
+  for (; j < count; ++j) row[j] += factor * static_cast<Scalar>(source[j * stride]);
+}
+
+/// target_j ← target_j + row_j, or row_j alone, for `count` numbers that lie `stride` apart.
+template <Store mode, class Scalar, class Target>
+void store_row(const Scalar* row, Target* target, Index stride, Index count) {
+  Index j = 0;
+  if constexpr (std::is_same_v<Scalar, Target>) {
+    for (; stride == 1 && j + lanes<Scalar> <= count; j += lanes<Scalar>) {
+      const auto x = load(row + j);
+      store_unaligned(target + j, mode == Store::set ? x : add(load_unaligned(target + j), x));
+    }
+  }
+  for (; j < count; ++j) {
+    Target& entry = target[j * stride];
+    entry = static_cast<Target>(mode == Store::set ? row[j] : static_cast<Scalar>(entry) + row[j]);
+  }
+}
+
+}  // namespace surfattn::detail::simd

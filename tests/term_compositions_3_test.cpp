@@ -1,0 +1,6 @@
+// Random compositions of terms in double, part 3 of 3.
+#include "support/term_laws.hpp"
+
+TEST_CASE("100 random compositions of up to four terms keep all laws in double, part 3") {
+  surfattn::test::check_random_compositions<double, long double>(100, 3);
+}
