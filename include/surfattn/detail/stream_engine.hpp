@@ -107,32 +107,46 @@ class StreamTask {
   StreamTask(const Operands<Scalar>& operands, const Terms& terms,
              StreamBuffers<Accumulator>& buffers)
       : operands_(operands), shape_(operands.shape), terms_(terms), buffers_(buffers) {
-    for (Index head = 0; head < shape_.query_heads; ++head) {
-      const Index row = head * shape_.queries;
-      simd::pack_rows(operands_.query_head(head), log2_scale(operands_),
-                      buffers_.queries + row * buffers_.query_stride);
+    for (Index query = 0; query < shape_.queries; ++query) {
+      for (Index head = 0; head < shape_.query_heads; ++head) {
+        const Index row = head * shape_.queries + query;
+        simd::pack_rows(operands_.query_head(head).block_rows(query, 1), log2_scale(operands_),
+                        buffers_.queries + row * buffers_.query_stride);
+      }
     }
   }
 
   void run(Index first_key, Index keys, Index run, const SoftmaxRows<Accumulator>& outs) {
     outs.reset(shape_.query_heads * shape_.queries);
-    for (Index key = first_key; key < first_key + keys; key += run) {
-      const Index count = std::min(run, first_key + keys - key);
-      look_ahead(key + count, std::min(run, first_key + keys - key - count));
-      for (Index head = 0; head < shape_.key_value_heads; ++head) visit(head, key, count, outs);
+    const Index end = first_key + keys;
+    for (Index key = first_key; key < end; key += run) {
+      const Index count = std::min(run, end - key), next = std::min(run, end - key - count);
+      if (next > 0)
+        look_ahead(operands_.keys, operands_.values, shape_.key_value_heads, key + count, next);
+      for (Index head = 0; head < shape_.key_value_heads; ++head) {
+        if (count == keys) look_ahead_to_head(head + 1, key, keys);
+        visit(head, key, count, outs);
+      }
     }
   }
 
  private:
-  /// The next run of keys and values comes from memory while this one is computed with.
-  void look_ahead(Index first_key, Index keys) {
+  /// These rows are read from memory while `visits` visits are computed.
+  void look_ahead(MatrixView<const Scalar> keys, MatrixView<const Scalar> values, Index visits,
+                  Index first_key, Index count) {
     const auto ahead = [&](MatrixView<const Scalar> rows) {
       constexpr Index line = 64 / static_cast<Index>(sizeof(Scalar));
-      return simd::RowsAhead<Scalar>(rows.block_rows(first_key, keys),
-                                     blocks(rows.cols, line * shape_.key_value_heads));
+      return simd::RowsAhead<Scalar>(rows.block_rows(first_key, count),
+                                     blocks(rows.cols, line * visits));
     };
-    keys_ahead_ = ahead(operands_.keys);
-    if (!operands_.values_are_keys) values_ahead_ = ahead(operands_.values);
+    keys_ahead_ = ahead(keys);
+    if (!operands_.values_are_keys) values_ahead_ = ahead(values);
+  }
+
+  /// Where one run is all, the next head comes from memory while one is computed.
+  void look_ahead_to_head(Index head, Index first_key, Index keys) {
+    if (head == shape_.key_value_heads) return;
+    look_ahead(operands_.key_head(head), operands_.value_head(head), 1, first_key, keys);
   }
 
   /// One run of keys of one key/value head, for all query heads that share it. The rows are still in
@@ -227,8 +241,9 @@ void write_rows(const Operands<Scalar>& operands, const Terms& terms,
                 const SoftmaxRows<accumulator_t<Scalar>>& rows,
                 const ForwardOutputs<Scalar>& outputs) {
   const Shape& shape = operands.shape;
-  for (Index row = 0; row < shape.query_heads * shape.queries; ++row) {
-    rows.write(row, operands, terms, outputs, row / shape.queries, row % shape.queries);
+  for (Index query = 0; query < shape.queries; ++query) {
+    for (Index head = 0; head < shape.query_heads; ++head)
+      rows.write(head * shape.queries + query, operands, terms, outputs, head, query);
   }
 }
 
