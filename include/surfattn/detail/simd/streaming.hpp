@@ -203,7 +203,7 @@ SURFATTN_ALWAYS_INLINE void add_rows_columns(Index col, RowsOperand<Scalar> a,
 template <int Rows, class Scalar, class Ahead>
 SURFATTN_ALWAYS_INLINE void add_rows(Index row, Index rows, RowsOperand<Scalar> a,
                                      MatrixView<const Scalar> b, Tile<Scalar> c, Ahead& ahead) {
-  constexpr int packets = kernel_rows * panel_packets / Rows;
+  constexpr int packets = (registers >= 32 ? 16 : 8) / Rows;
   const Index passes = std::max<Index>(1, rows * b.cols / (Rows * packets * lanes<Scalar>));
   for (; row + Rows <= rows; row += Rows) {
     add_rows_columns<Rows, packets>(0, {a.from(row), a.stride}, b, c.from(row), ahead,
@@ -219,7 +219,7 @@ template <class Scalar, class Ahead>
 SURFATTN_NEVER_INLINE void add_rows_product(Index rows, RowsOperand<Scalar> a,
                                             MatrixView<const Scalar> b, Tile<Scalar> c,
                                             Ahead& ahead) {
-  add_rows<kernel_rows>(0, rows, a, b, c, ahead);
+  add_rows<registers >= 32 ? 8 : 4>(0, rows, a, b, c, ahead);
 }
 
 /// Whether all numbers of contiguous rows, a whole number of packets wide, are finite.
