@@ -27,15 +27,17 @@ struct OnlineSoftmax {
     std::fill(sum, sum + rows, Accumulator(0));
   }
 
-  /// Raises m to the scores' maximum, and rescales l and `out` to it.
+  /// Raises m to the scores' maximum, and rescales l and `out` to it, which are 0 before the first
+  /// key.
   void raise(Index row, Accumulator scores_maximum, Accumulator* out, Index padded_dim) const {
     const Accumulator before = maximum[row];
     const Accumulator now = std::max(before, std::ceil(scores_maximum));
     if (before == now) return;
+    maximum[row] = now;
+    if (before == simd::minus_infinity<Accumulator>) return;
     const Accumulator correction = std::exp2(before - now);
     simd::scale_row(out, padded_dim, correction);
     sum[row] *= correction;
-    maximum[row] = now;
   }
 
   /// Turns one row of scores, none above m, into weights 2^(S − m) and adds them to l. While every

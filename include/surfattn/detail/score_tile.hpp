@@ -44,9 +44,11 @@ void score_tile(const Tile& tile, Index head_dim, const simd::ColumnsOperand<Acc
                                  {keys, head_dim * simd::panel_width<Accumulator>}, scores, bias);
 }
 
-/// query_norm_weight·‖q_i‖², what a query adds to its log-sum-exp.
+/// query_norm_weight·‖q_i‖², what a query adds to its log-sum-exp. Never inlined, where compilers would
+/// fuse the product with the sum, or not, differently for different terms.
 template <class Scalar>
-accumulator_t<Scalar> query_offset(const Operands<Scalar>& operands, Index head, Index query) {
+SURFATTN_NEVER_INLINE accumulator_t<Scalar> query_offset(const Operands<Scalar>& operands,
+                                                         Index head, Index query) {
   accumulator_t<Scalar> norm(0);
   if (operands.query_norm_weight != accumulator_t<Scalar>(0)) {
     simd::squared_norms(operands.query_head(head).block_rows(query, 1), &norm);

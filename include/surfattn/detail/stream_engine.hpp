@@ -83,8 +83,8 @@ struct StreamBuffers {
 
 template <class Scalar>
 StreamPlan<Scalar>::StreamPlan(const Shape& sequence) : shape(sequence) {
-  // A run of tokens, keys and values, stays in the second-level cache from the first head to the last.
-  const Index width = shape.key_value_heads * std::max(shape.head_dim, shape.value_dim);
+  // A run of tokens, keys and values, and the next one stay in the second-level cache.
+  const Index width = shape.key_value_heads * (shape.head_dim + shape.value_dim);
   run = std::min(tile_rows<Scalar>(256, width), std::max<Index>(shape.keys, 1));
   constexpr Index parts = 16, fewest_keys = 1024;
   part = std::max(fewest_keys, blocks(blocks(shape.keys, parts), run) * run);
@@ -107,64 +107,120 @@ class StreamTask {
   StreamTask(const Operands<Scalar>& operands, const Terms& terms,
              StreamBuffers<Accumulator>& buffers)
       : operands_(operands), shape_(operands.shape), terms_(terms), buffers_(buffers) {
-    for (Index head = 0; head < shape_.query_heads; ++head) {
-      const Index row = head * shape_.queries;
-      simd::pack_rows(operands_.query_head(head), log2_scale(operands_),
-                      buffers_.queries + row * buffers_.query_stride);
+    for (Index query = 0; query < shape_.queries; ++query) {
+      for (Index head = 0; head < shape_.query_heads; ++head) {
+        const Index row = head * shape_.queries + query;
+        simd::pack_rows(operands_.query_head(head).block_rows(query, 1), log2_scale(operands_),
+                        buffers_.queries + row * buffers_.query_stride);
+      }
     }
   }
 
   void run(Index first_key, Index keys, Index run, const SoftmaxRows<Accumulator>& outs) {
     outs.reset(shape_.query_heads * shape_.queries);
-    for (Index key = first_key; key < first_key + keys; key += run) {
-      const Index count = std::min(run, first_key + keys - key);
-      for (Index head = 0; head < shape_.key_value_heads; ++head) visit(head, key, count, outs);
+    const Index end = first_key + keys;
+    for (Index key = first_key; key < end; key += run) {
+      const Index count = std::min(run, end - key), next = std::min(run, end - key - count);
+      if (next > 0)
+        look_ahead(operands_.keys, operands_.values, shape_.key_value_heads, key + count, next);
+      for (Index head = 0; head < shape_.key_value_heads; ++head) {
+        if (count == keys) look_ahead_to_head(head + 1, key, keys);
+        visit(head, key, count, outs);
+      }
     }
   }
 
  private:
-  /// One run of keys of one key/value head, for all query heads that share it.
-  void visit(Index head, Index first_key, Index keys, const SoftmaxRows<Accumulator>& outs) {
-    const Index first_head = head * shape_.group(), rows = shape_.group() * shape_.queries,
-                row = head * rows;
-    const auto tile_of = [&](Index member) {
-      return Tile{first_head + member, 0, shape_.queries, first_key, keys};
+  /// These rows are read from memory while `visits` visits are computed.
+  void look_ahead(MatrixView<const Scalar> keys, MatrixView<const Scalar> values, Index visits,
+                  Index first_key, Index count) {
+    const auto ahead = [&](MatrixView<const Scalar> rows) {
+      constexpr Index line = 64 / static_cast<Index>(sizeof(Scalar));
+      return simd::RowsAhead<Scalar>(rows.block_rows(first_key, count),
+                                     blocks(rows.cols, line * visits));
     };
-    const Coverage coverage = coverage_of_all(tile_of);
+    keys_ahead_ = ahead(keys);
+    if (!operands_.values_are_keys) values_ahead_ = ahead(values);
+  }
+
+  /// Where one run is all, the next head comes from memory while one is computed.
+  void look_ahead_to_head(Index head, Index first_key, Index keys) {
+    if (head == shape_.key_value_heads) return;
+    look_ahead(operands_.key_head(head), operands_.value_head(head), 1, first_key, keys);
+  }
+
+  /// One run of keys of one key/value head, for all query heads that share it. The rows are still in
+  /// the first-level cache when values that are keys are read.
+  void visit(Index head, Index first_key, Index keys, const SoftmaxRows<Accumulator>& outs) {
+    const Coverage coverage = coverage_of_all(head, first_key, keys);
     if (coverage == Coverage::empty) return;
+    score(head, first_key, keys, coverage);
+    outs.take_weights(first_row(head), rows(), keys, scores(0));
+    for (Index member = 0; member < shape_.group(); ++member)
+      terms_.drop(tile_of(head, member, first_key, keys), scores(member));
+    add_values(head, first_key, keys, coverage, outs);
+  }
+
+  /// Rows of one key/value head, and the first of them among those of all heads.
+  Index rows() const { return shape_.group() * shape_.queries; }
+  Index first_row(Index head) const { return head * rows(); }
+
+  void score(Index head, Index first_key, Index keys, Coverage coverage) {
     const auto key_rows = operands_.key_head(head).block_rows(first_key, keys);
     fill_key_bias(operands_, head, first_key, key_rows, buffers_.key_bias);
-    simd::set_dot_products<Accumulator>(
-        rows, {buffers_.queries + row * buffers_.query_stride, buffers_.query_stride}, key_rows,
-        scores(0), buffers_.key_bias);
-    for (Index member = 0; member < shape_.group(); ++member)
-      finish_scores(operands_, terms_, tile_of(member), scores(member));
-    for (Index member = 0; coverage == Coverage::partial && member < shape_.group(); ++member) {
-      terms_.hide(tile_of(member), scores(member).data, buffers_.score_stride,
-                  simd::minus_infinity<Accumulator>);
-    }
-    outs.take_weights(row, rows, keys, scores(0));
-    for (Index member = 0; member < shape_.group(); ++member)
-      terms_.drop(tile_of(member), scores(member));
-    const RowOperand<Scalar> values =
-        value_operand(operands_.value_head(head).block_rows(first_key, keys));
-    simd::add_product(rows, shape_.value_dim, keys, left_operand<false>(scores(0)), values.panels,
-                      outs.tile(row));
+    simd::set_dot_products<Accumulator>(rows(), packed_queries(first_row(head)), key_rows,
+                                        scores(0), buffers_.key_bias, keys_ahead_);
     for (Index member = 0; member < shape_.group(); ++member) {
-      add_non_finite_rows<false>(terms_, tile_of(member), scores(member), values, 0,
-                                 outs.tile(row + member * shape_.queries));
+      const Tile tile = tile_of(head, member, first_key, keys);
+      finish_scores(operands_, terms_, tile, scores(member));
+      if (coverage == Coverage::full) continue;
+      terms_.hide(tile, scores(member).data, buffers_.score_stride,
+                  simd::minus_infinity<Accumulator>);
     }
   }
 
-  template <class TileOf>
-  Coverage coverage_of_all(const TileOf& tile_of) const {
+  /// O += W·V
+  void add_values(Index head, Index first_key, Index keys, Coverage coverage,
+                  const SoftmaxRows<Accumulator>& outs) {
+    const auto value_rows = operands_.value_head(head).block_rows(first_key, keys);
+    if (can_be_read_in_place(value_rows, coverage)) {
+      simd::add_rows_product<Accumulator>(rows(), left_operand<false>(scores(0)), value_rows,
+                                          outs.tile(first_row(head)), values_ahead_);
+      return;
+    }
+    const auto values = pack_row_operand(value_rows, Accumulator(1), buffers_.value_panels,
+                                         buffers_.non_finite_values);
+    for (Index member = 0; member < shape_.group(); ++member) {
+      add_weighted_rows<false>(terms_, tile_of(head, member, first_key, keys), scores(member),
+                               values, 0, outs.tile(first_row(head) + member * shape_.queries));
+    }
+  }
+
+  /// Values can be used as they lie where they are whole contiguous packets. Behind a mask they must
+  /// be finite besides, since 0·NaN is NaN; without one every value is seen.
+  static bool can_be_read_in_place(MatrixView<const Scalar> values, Coverage coverage) {
+    if constexpr (!std::is_same_v<Scalar, Accumulator>) return false;
+    if (values.col_stride != 1 || values.cols % simd::lanes<Accumulator> != 0) return false;
+    return coverage == Coverage::full || simd::are_finite(values);
+  }
+
+  /// The tile of one of the query heads that share a key/value head.
+  Tile tile_of(Index head, Index member, Index first_key, Index keys) const {
+    return {head * shape_.group() + member, 0, shape_.queries, first_key, keys};
+  }
+
+  Coverage coverage_of_all(Index head, Index first_key, Index keys) const {
     bool all_empty = true, all_full = true;
     for (Index member = 0; member < shape_.group(); ++member) {
-      const Coverage coverage = terms_.coverage(tile_of(member));
+      const Coverage coverage = terms_.coverage(tile_of(head, member, first_key, keys));
       all_empty = all_empty && coverage == Coverage::empty;
       all_full = all_full && coverage == Coverage::full;
     }
     return all_empty ? Coverage::empty : all_full ? Coverage::full : Coverage::partial;
+  }
+
+  simd::RowsOperand<Accumulator> packed_queries(Index row) const {
+    return {buffers_.queries + row * buffers_.query_stride, buffers_.query_stride};
   }
 
   /// The scores of one member of the group of query heads, and of those after it.
@@ -173,24 +229,11 @@ class StreamTask {
             buffers_.score_stride};
   }
 
-  /// The values as they lie where they can be used so, or else packed.
-  RowOperand<Scalar> value_operand(MatrixView<const Scalar> values) {
-    if constexpr (std::is_same_v<Scalar, Accumulator>) {
-      if (simd::are_panels(values)) {
-        return {{values.data, simd::panel_width<Accumulator>, values.row_stride},
-                {},
-                values,
-                Accumulator(1)};
-      }
-    }
-    return pack_row_operand(values, Accumulator(1), buffers_.value_panels,
-                            buffers_.non_finite_values);
-  }
-
   const Operands<Scalar>& operands_;
   const Shape& shape_;
   const Terms& terms_;
   StreamBuffers<Accumulator>& buffers_;
+  simd::RowsAhead<Scalar> keys_ahead_, values_ahead_;
 };
 
 template <class Scalar, class Terms>
@@ -198,8 +241,9 @@ void write_rows(const Operands<Scalar>& operands, const Terms& terms,
                 const SoftmaxRows<accumulator_t<Scalar>>& rows,
                 const ForwardOutputs<Scalar>& outputs) {
   const Shape& shape = operands.shape;
-  for (Index row = 0; row < shape.query_heads * shape.queries; ++row) {
-    rows.write(row, operands, terms, outputs, row / shape.queries, row % shape.queries);
+  for (Index query = 0; query < shape.queries; ++query) {
+    for (Index head = 0; head < shape.query_heads; ++head)
+      rows.write(head * shape.queries + query, operands, terms, outputs, head, query);
   }
 }
 

@@ -37,7 +37,8 @@ constexpr Index task_rows(Index rows, Index tasks, Index tile, Index most) {
 /// block may depend on the number of workers and the bits do not.
 template <class Scalar>
 Tiling forward_tiling(const Shape& shape, Index workers) {
-  constexpr Index query_tile = 64, most = 2048, tasks_per_worker = 2;
+  constexpr Index most = 2048, tasks_per_worker = 2;
+  constexpr Index query_tile = simd::rounded_up(64, simd::left_width<Scalar>);
   const Index tasks = workers == 1 ? 1 : tasks_per_worker * workers;
   return {query_tile, tile_rows<Scalar>(512, std::max(shape.head_dim, shape.value_dim)),
           task_rows(shape.queries * shape.key_value_heads, tasks, query_tile,
@@ -50,7 +51,7 @@ template <class Scalar>
 Tiling backward_tiling(const Shape& shape) {
   constexpr Index tasks = 4;
   const Index keys = tile_rows<Scalar>(256, std::max(shape.head_dim, shape.value_dim));
-  return {std::min<Index>(keys, 128), keys,
+  return {simd::rounded_up(std::min<Index>(keys, 128), simd::left_width<Scalar>), keys,
           task_rows(shape.keys * shape.key_value_heads, tasks, keys, 4 * keys)};
 }
 

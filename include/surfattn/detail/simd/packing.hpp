@@ -160,17 +160,33 @@ void write_row(const Scalar* from, Scalar factor, MatrixView<Result> to, Index r
   }
 }
 
+/// a·b for `Rows` rows of both, from `first` on, into to[first], …
+template <int Rows, class Scalar, class Source>
+SURFATTN_ALWAYS_INLINE void row_products(MatrixView<const Source> a, MatrixView<const Source> b,
+                                         Index first, Scalar* to) {
+  Packet<Scalar> products[Rows];
+  for (auto& product : products) product = broadcast(Scalar(0));
+  for (Index c = 0; c < a.cols; c += lanes<Scalar>) {
+    SURFATTN_UNROLL
+    for (int i = 0; i < Rows; ++i) {
+      products[i] =
+          multiply_add(gather<Scalar>(&a(first + i, c), a.col_stride, a.cols - c),
+                       gather<Scalar>(&b(first + i, c), b.col_stride, b.cols - c), products[i]);
+    }
+  }
+  if constexpr (Rows == 4) {
+    store_sums(to + first, products[0], products[1], products[2], products[3]);
+  } else {
+    for (int i = 0; i < Rows; ++i) to[first + i] = sum(products[i]);
+  }
+}
+
 /// a·b for each of the rows of both.
 template <class Scalar, class Source>
 void row_products(MatrixView<const Source> a, MatrixView<const Source> b, Scalar* to) {
-  for (Index i = 0; i < a.rows; ++i) {
-    auto products = broadcast(Scalar(0));
-    for (Index c = 0; c < a.cols; c += lanes<Scalar>) {
-      products = multiply_add(gather<Scalar>(&a(i, c), a.col_stride, a.cols - c),
-                              gather<Scalar>(&b(i, c), b.col_stride, b.cols - c), products);
-    }
-    to[i] = sum(products);
-  }
+  Index i = 0;
+  for (; i + 4 <= a.rows; i += 4) row_products<4>(a, b, i, to);
+  for (; i < a.rows; ++i) row_products<1>(a, b, i, to);
 }
 
 /// Σ_ij a_ij·(b_ij − origin_j), where a zero in `a` (a query that took no part) hides whatever

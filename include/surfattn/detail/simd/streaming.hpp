@@ -13,6 +13,47 @@
 /// than using it. These functions read each row once, from memory, in its natural layout.
 namespace surfattn::detail::simd {
 
+/// Asks for rows that are needed later, cache line by cache line and in the order of memory, in
+/// which the prefetchers of the hardware follow: `lines` of them for every key that is being worked
+/// on. Does nothing for rows whose numbers are not contiguous.
+template <class Source>
+class RowsAhead {
+ public:
+  RowsAhead() = default;
+  RowsAhead(MatrixView<const Source> rows, Index lines)
+      : next_(rows.data), rows_(rows.col_stride == 1 ? rows.rows : 0), lines_(lines) {
+    row_ = rows;
+    end_ = rows.data + rows.cols;
+  }
+
+  /// How many lines to ask for at each of `steps` steps that are spent on some keys.
+  Index lines_of(Index keys, Index steps) const { return (keys * lines_ + steps - 1) / steps; }
+
+  SURFATTN_ALWAYS_INLINE void ask(Index lines) {
+    for (; lines > 0 && rows_ > 0; --lines) {
+      __builtin_prefetch(next_, 0, 1);  // not into the first-level cache, which is in use
+      next_ += line;
+      if (next_ >= end_) begin_row();
+    }
+  }
+
+ private:
+  static constexpr Index line = std::max<Index>(1, 64 / static_cast<Index>(sizeof(Source)));
+
+  void begin_row() {
+    row_.data += row_.row_stride;
+    next_ = row_.data;
+    end_ = next_ + row_.cols;
+    --rows_;
+  }
+
+  const Source* next_ = nullptr;
+  const Source* end_ = nullptr;  ///< of the row
+  MatrixView<const Source> row_{};
+  Index rows_ = 0;
+  Index lines_ = 0;
+};
+
 /// sums_ij += q_i·k_j over the columns [first, first + lanes) of packed queries and of rows of
 /// keys, the latter as `take(j)` reads them.
 template <int Rows, int Keys, class Scalar, class Take>
@@ -29,10 +70,10 @@ SURFATTN_ALWAYS_INLINE void add_dot_step(RowsOperand<Scalar> q, Index first,
   }
 }
 
-/// out_ij = q_i·k_j for `Rows` packed queries and `Keys` rows of keys.
-template <int Rows, int Keys, class Scalar, class Source>
+/// out_ij = q_i·k_j for `Rows` packed queries and `Keys` rows of keys. Asks for `lines` at each step.
+template <int Rows, int Keys, class Scalar, class Source, class Ahead>
 SURFATTN_ALWAYS_INLINE void dot_block(RowsOperand<Scalar> q, MatrixView<const Source> keys,
-                                      Tile<Scalar> out) {
+                                      Tile<Scalar> out, Ahead& ahead, Index lines) {
   Packet<Scalar> sums[Rows][Keys];
   SURFATTN_UNROLL
   for (int i = 0; i < Rows; ++i) {
@@ -42,6 +83,7 @@ SURFATTN_ALWAYS_INLINE void dot_block(RowsOperand<Scalar> q, MatrixView<const So
   Index c = 0;
   if constexpr (std::is_same_v<Scalar, Source>) {
     for (; keys.col_stride == 1 && c + lanes<Scalar> <= keys.cols; c += lanes<Scalar>) {
+      ahead.ask(lines);
       add_dot_step<Rows, Keys>(q, c, sums,
                                [&](Index j) { return load_unaligned(keys.row(j) + c); });
     }
@@ -53,59 +95,143 @@ SURFATTN_ALWAYS_INLINE void dot_block(RowsOperand<Scalar> q, MatrixView<const So
   }
   SURFATTN_UNROLL
   for (int i = 0; i < Rows; ++i) {
-    SURFATTN_UNROLL
-    for (int j = 0; j < Keys; ++j) out.data[i * out.row_stride + j] = sum(sums[i][j]);
+    const auto& row = sums[i];
+    Scalar* to = out.from(i).data;
+    if constexpr (Keys % 4 == 0) {
+      SURFATTN_UNROLL
+      for (int j = 0; j < Keys; j += 4)
+        store_sums(to + j, row[j], row[j + 1], row[j + 2], row[j + 3]);
+    } else {
+      SURFATTN_UNROLL
+      for (int j = 0; j < Keys; ++j) to[j] = sum(row[j]);
+    }
   }
 }
 
-/// All `rows` queries against `Keys` rows of keys, in steps of `Rows` and then of half as many.
-template <int Rows, int Keys, class Scalar, class Source>
-SURFATTN_ALWAYS_INLINE void dot_column(Index rows, RowsOperand<Scalar> q,
-                                       MatrixView<const Source> keys, Tile<Scalar> out) {
-  for (; rows >= Rows; rows -= Rows) {
-    dot_block<Rows, Keys>(q, keys, out);
-    q.data += Rows * q.stride;
-    out.data += Rows * out.row_stride;
+/// The queries from `row` on against `Keys` rows of keys, in steps of `Rows` and then of half as
+/// many.
+template <int Rows, int Keys, class Scalar, class Source, class Ahead>
+SURFATTN_ALWAYS_INLINE void dot_column(Index row, Index rows, RowsOperand<Scalar> q,
+                                       MatrixView<const Source> keys, Tile<Scalar> out,
+                                       Ahead& ahead) {
+  const Index steps = std::max<Index>(1, keys.cols / lanes<Scalar>);
+  for (; row + Rows <= rows; row += Rows) {
+    dot_block<Rows, Keys>({q.from(row), q.stride}, keys, out.from(row), ahead,
+                          row == 0 ? ahead.lines_of(Keys, steps) : 0);
   }
   if constexpr (Rows > 1) {
-    if (rows > 0) dot_column<Rows / 2, Keys>(rows, q, keys, out);
+    if (row < rows) dot_column<Rows / 2, Keys>(row, rows, q, keys, out, ahead);
   }
 }
 
-/// C = Q·Kᵀ + bias, the bias one number for each key: Q packed (rows padded with zeros), K the rows of an input as they lie.
-template <class Scalar, class Source>
-void set_dot_products(Index rows, RowsOperand<Scalar> q, MatrixView<const Source> keys,
-                      Tile<Scalar> c, const Scalar* bias) {
-  constexpr Index step = 4;
-  Index j = 0;
-  for (; j + step <= keys.rows; j += step) {
-    prefetch_rows(keys, j + prefetch_distance, step);
-    dot_column<4, step>(rows, q, keys.block_rows(j, step), {c.data + j, c.row_stride});
+/// All queries against the rows of keys from `key` on, in steps of `Keys` and then of half as many.
+template <int Rows, int Keys, class Scalar, class Source, class Ahead>
+SURFATTN_ALWAYS_INLINE void dot_columns(Index key, Index rows, RowsOperand<Scalar> q,
+                                        MatrixView<const Source> keys, Tile<Scalar> c,
+                                        Ahead& ahead) {
+  for (; key + Keys <= keys.rows; key += Keys) {
+    dot_column<Rows, Keys>(0, rows, q, keys.block_rows(key, Keys), {c.data + key, c.row_stride},
+                           ahead);
   }
-  for (; j < keys.rows; ++j)
-    dot_column<4, 1>(rows, q, keys.block_rows(j, 1), {c.data + j, c.row_stride});
+  if constexpr (Keys > 1) {
+    if (key < keys.rows) dot_columns<Rows, Keys / 2>(key, rows, q, keys, c, ahead);
+  }
+}
+
+/// C = Q·Kᵀ + bias, the bias one number for each key: Q packed (rows padded with zeros), K the rows
+/// of an input as they lie.
+template <class Scalar, class Source, class Ahead>
+SURFATTN_NEVER_INLINE void set_dot_products(Index rows, RowsOperand<Scalar> q,
+                                            MatrixView<const Source> keys, Tile<Scalar> c,
+                                            const Scalar* bias, Ahead& ahead) {
+  if (rows >= 4) {
+    dot_columns<4, 4>(0, rows, q, keys, c, ahead);
+  } else {
+    dot_columns<2, 8>(0, rows, q, keys, c, ahead);
+  }
   for (Index i = 0; i < rows; ++i) add_row(bias, c.data + i * c.row_stride, keys.rows);
 }
 
-/// Whether the rows of `source` can be the panels of a right operand as they lie: contiguous, whole
-/// panels wide and finite.
-template <class Scalar>
-bool are_panels(MatrixView<const Scalar> source) {
-  if (source.col_stride != 1 || source.cols % panel_width<Scalar> != 0) return false;
-  const auto zero = broadcast(Scalar(0));
-  Packet<Scalar> zeros[panel_packets];  // x·0 is 0 for every finite x and NaN for the others
-  for (auto& packet : zeros) packet = zero;
-  for (Index i = 0; i < source.rows; ++i) {
-    prefetch_rows(source, i + prefetch_distance, 1);
-    const Scalar* row = source.row(i);
-    for (Index c = 0; c < source.cols; c += panel_width<Scalar>) {
+/// `Rows` rows of C += A·B over `Packets` packets of columns, where B are rows of an input as they
+/// lie. Asks for `lines` at each of them.
+template <int Rows, int Packets, class Scalar, class Ahead>
+SURFATTN_ALWAYS_INLINE void add_rows_block(RowsOperand<Scalar> a, MatrixView<const Scalar> b,
+                                           Tile<Scalar> c, Ahead& ahead, Index lines) {
+  Packet<Scalar> sums[Rows][Packets];
+  SURFATTN_UNROLL
+  for (int i = 0; i < Rows; ++i) {
+    SURFATTN_UNROLL
+    for (int p = 0; p < Packets; ++p) sums[i][p] = load(c.from(i).data + p * lanes<Scalar>);
+  }
+  for (Index k = 0; k < b.rows; ++k) {
+    ahead.ask(lines);
+    Packet<Scalar> row[Packets];
+    SURFATTN_UNROLL
+    for (int p = 0; p < Packets; ++p) row[p] = load_unaligned(b.row(k) + p * lanes<Scalar>);
+    SURFATTN_UNROLL
+    for (int i = 0; i < Rows; ++i) {
+      const auto factor = broadcast(a.from(i)[k]);
       SURFATTN_UNROLL
-      for (int p = 0; p < panel_packets; ++p) {
-        zeros[p] = multiply_add(load_unaligned(row + c + p * lanes<Scalar>), zero, zeros[p]);
-      }
+      for (int p = 0; p < Packets; ++p) sums[i][p] = multiply_add(factor, row[p], sums[i][p]);
     }
   }
-  return sum(add(zeros[0], zeros[1])) == Scalar(0);
+  SURFATTN_UNROLL
+  for (int i = 0; i < Rows; ++i) {
+    SURFATTN_UNROLL
+    for (int p = 0; p < Packets; ++p) store(c.from(i).data + p * lanes<Scalar>, sums[i][p]);
+  }
+}
+
+/// The columns of C += A·B from `col` on, in steps of `Packets` packets and then of half as many;
+/// they are a whole number of packets.
+template <int Rows, int Packets, class Scalar, class Ahead>
+SURFATTN_ALWAYS_INLINE void add_rows_columns(Index col, RowsOperand<Scalar> a,
+                                             MatrixView<const Scalar> b, Tile<Scalar> c,
+                                             Ahead& ahead, Index lines) {
+  constexpr Index width = Packets * lanes<Scalar>;
+  for (; col + width <= b.cols; col += width) {
+    add_rows_block<Rows, Packets>(a, b.block_cols(col, width), {c.data + col, c.row_stride}, ahead,
+                                  lines);
+  }
+  if constexpr (Packets > 1) {
+    if (col < b.cols) add_rows_columns<Rows, Packets / 2>(col, a, b, c, ahead, lines);
+  }
+}
+
+/// The rows of C += A·B from `row` on, in steps of `Rows` and then of half as many: the fewer the
+/// rows, the wider the block of columns, so that there are always as many sums under way.
+template <int Rows, class Scalar, class Ahead>
+SURFATTN_ALWAYS_INLINE void add_rows(Index row, Index rows, RowsOperand<Scalar> a,
+                                     MatrixView<const Scalar> b, Tile<Scalar> c, Ahead& ahead) {
+  constexpr int packets = (registers >= 32 ? 16 : 8) / Rows;
+  const Index passes = std::max<Index>(1, rows * b.cols / (Rows * packets * lanes<Scalar>));
+  for (; row + Rows <= rows; row += Rows) {
+    add_rows_columns<Rows, packets>(0, {a.from(row), a.stride}, b, c.from(row), ahead,
+                                    ahead.lines_of(1, passes));
+  }
+  if constexpr (Rows > 1) {
+    if (row < rows) add_rows<Rows / 2>(row, rows, a, b, c, ahead);
+  }
+}
+
+/// C += A·B for `rows` rows, where B are rows of an input as they lie.
+template <class Scalar, class Ahead>
+SURFATTN_NEVER_INLINE void add_rows_product(Index rows, RowsOperand<Scalar> a,
+                                            MatrixView<const Scalar> b, Tile<Scalar> c,
+                                            Ahead& ahead) {
+  add_rows<registers >= 32 ? 8 : 4>(0, rows, a, b, c, ahead);
+}
+
+/// Whether all numbers of contiguous rows, a whole number of packets wide, are finite.
+template <class Scalar>
+bool are_finite(MatrixView<const Scalar> rows) {
+  const auto zero = broadcast(Scalar(0));
+  auto zeros = zero;  // x·0 is 0 for every finite x and NaN for the others
+  for (Index i = 0; i < rows.rows; ++i) {
+    for (Index c = 0; c < rows.cols; c += lanes<Scalar>)
+      zeros = multiply_add(load_unaligned(rows.row(i) + c), zero, zeros);
+  }
+  return sum(zeros) == Scalar(0);
 }
 
 }  // namespace surfattn::detail::simd

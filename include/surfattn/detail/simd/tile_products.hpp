@@ -4,6 +4,7 @@
 #pragma once
 
 #include <algorithm>
+#include <numeric>
 #include <surfattn/detail/simd/packet.hpp>
 
 namespace surfattn::detail::simd {
@@ -17,7 +18,7 @@ inline constexpr Index panel_width = lanes<Scalar>* panel_packets;
 
 /// Rows of C that one kernel holds in registers: rows · panel_packets accumulators, one row of the
 /// panel and one broadcast must fit.
-inline constexpr int kernel_rows = registers >= 32 ? 8 : 4;
+inline constexpr int kernel_rows = registers >= 32 ? 8 : 6;
 
 constexpr Index rounded_up(Index count, Index multiple) {
   return (count + multiple - 1) / multiple * multiple;
@@ -28,10 +29,9 @@ constexpr Index padded(Index cols) {
   return rounded_up(cols, panel_width<Scalar>);
 }
 
-/// Rows of one panel of a left operand that is packed by columns: whole kernels.
+/// Rows of one panel of a left operand that is packed by columns: whole packets and whole kernels.
 template <class Scalar>
-inline constexpr Index left_width = panel_width<Scalar> > kernel_rows ? panel_width<Scalar>
-                                                                      : Index(kernel_rows);
+inline constexpr Index left_width = std::lcm(lanes<Scalar>, Index(kernel_rows));
 
 /// A, row by row: element (i, k) is data[i·stride + k].
 template <class Scalar>
