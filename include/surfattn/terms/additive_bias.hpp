@@ -2,11 +2,13 @@
 
 #pragma once
 
+#include <cstdint>
 #include <limits>
 #include <string>
 #include <surfattn/detail/simd/term_rows.hpp>
 #include <surfattn/terms/parameter.hpp>
 #include <surfattn/terms/term.hpp>
+#include <type_traits>
 
 namespace surfattn {
 
@@ -64,11 +66,11 @@ class AdditiveBias : public detail::TrainableTerm<AdditiveBias<Element>, Element
     const auto bias = block(this->parameters_, tile);
     bool any = false, all = true;
     for (Index i = 0; i < (has_queries_ ? tile.queries : 1); ++i) {
-      for (Index j = 0; j < tile.keys; ++j) {
-        const bool seen = bias(i, j) != hidden;
-        any |= seen;
-        all &= seen;
-      }
+      const Index count = bias.col_stride == 1
+                              ? count_hidden(bias.row(i), 1, tile.keys)
+                              : count_hidden(bias.row(i), bias.col_stride, tile.keys);
+      any |= count < tile.keys;
+      all &= count == 0;
       if (any && !all) return Coverage::partial;
     }
     return all ? Coverage::full : Coverage::empty;
@@ -120,6 +122,14 @@ class AdditiveBias : public detail::TrainableTerm<AdditiveBias<Element>, Element
   }
 
  private:
+  /// How many of the numbers are −∞. Counted in integers as wide as they are, for vectors.
+  SURFATTN_ALWAYS_INLINE static Index count_hidden(const Element* from, Index stride, Index count) {
+    using Counter = std::conditional_t<sizeof(Element) == 4, std::uint32_t, std::uint64_t>;
+    Counter total = 0;
+    for (Index j = 0; j < count; ++j) total += from[j * stride] == hidden;
+    return static_cast<Index>(total);
+  }
+
   void check_shape(const detail::Shape& shape, const detail::Require& require) const {
     const detail::Extent actual = this->parameter_extent();
     const bool rows = actual.rows == shape.queries || actual.rows == shape.packed_queries ||

@@ -143,6 +143,12 @@ class TimeDecay : public detail::TrainableTerm<TimeDecay<Element, Time>, Element
         query_times_(detail::view(query_times)),
         key_times_(detail::view(key_times)) {}
 
+  /// A temporary would be gone before it is used.
+  template <class Rates, class QueryTimes, class KeyTimes>
+  requires(detail::TemporaryMatrix<Rates> || detail::TemporaryMatrix<QueryTimes> ||
+           detail::TemporaryMatrix<KeyTimes>) TimeDecay(Rates&&, QueryTimes&&, KeyTimes&&)
+  = delete;
+
   TimeDecay bind(const detail::Shape& shape, const detail::Require& require) const {
     this->check_one_per_head(require, "TimeDecay", shape);
     TimeDecay bound = *this;

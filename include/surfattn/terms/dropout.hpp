@@ -22,24 +22,37 @@ struct BoundDropout {
 
   template <class Accumulator>
   void factors(const Position& first, Index keys, Accumulator* out) const {
-    constexpr Index blocks = 16;
-    const auto kept = static_cast<Accumulator>(scale);
+    if (threshold == 0) return std::fill(out, out + keys, Accumulator(1));
+    Accumulator numbers[4 * blocks];
     for (Index done = 0; done < keys;) {
-      std::uint32_t words[4][blocks];
       const Index key = first.key + done, skipped = key % 4;
-      for (Index n = 0; n < blocks; ++n) {
-        words[0][n] = static_cast<std::uint32_t>(key / 4 + n);
-        words[1][n] = static_cast<std::uint32_t>(first.query);
-        words[2][n] = static_cast<std::uint32_t>(first.head);
-        words[3][n] = sequence;
-      }
-      philox(philox_key, words);
+      factors_of_blocks({first.head, first.query, key / 4}, numbers);
       const Index count = std::min(4 * blocks - skipped, keys - done);
-      for (Index j = 0; j < count; ++j) {
-        const Index at = skipped + j;
-        out[done + j] = words[at % 4][at / 4] < threshold ? Accumulator(0) : kept;
-      }
+      std::copy(numbers + skipped, numbers + skipped + count, out + done);
       done += count;
+    }
+  }
+
+ private:
+  static constexpr Index blocks = 16;  ///< at a time, in the lanes of vectors
+
+  /// The factors of four keys for each of the blocks from `first.key` on.
+  template <class Accumulator>
+  void factors_of_blocks(const Position& first, Accumulator (&factors)[4 * blocks]) const {
+    std::uint32_t words[4][blocks];
+    for (Index n = 0; n < blocks; ++n) {
+      words[0][n] = static_cast<std::uint32_t>(first.key + n);
+      words[1][n] = static_cast<std::uint32_t>(first.query);
+      words[2][n] = static_cast<std::uint32_t>(first.head);
+      words[3][n] = sequence;
+    }
+    philox(philox_key, words);
+    const auto kept = static_cast<Accumulator>(scale);
+    const auto last_dropped = static_cast<std::uint32_t>(threshold - 1);
+    for (Index n = 0; n < blocks; ++n) {
+      SURFATTN_UNROLL
+      for (Index w = 0; w < 4; ++w)
+        factors[4 * n + w] = words[w][n] <= last_dropped ? Accumulator(0) : kept;
     }
   }
 };

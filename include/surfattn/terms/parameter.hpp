@@ -10,6 +10,10 @@
 
 namespace surfattn::detail {
 
+/// The type of a forwarding reference to a matrix that would be gone before a view of it is used.
+template <class T>
+concept TemporaryMatrix = !std::is_lvalue_reference_v<T> && OwningMatrix<T>;
+
 /// Base of a term with parameters: views of a matrix or vector of them, which must outlive the call,
 /// and of where the backward pass writes its gradient.
 template <class Term, class Element>
@@ -24,7 +28,7 @@ class TrainableTerm {
   Term gradient_into(Gradient&& gradient) const {
     static_assert(std::is_same_v<scalar_t<Gradient>, ParameterScalar>,
                   "surfattn: the gradient of a term must be of the scalar type of its parameters");
-    static_assert(std::is_lvalue_reference_v<Gradient> || !OwningMatrix<Gradient>,
+    static_assert(!TemporaryMatrix<Gradient>,
                   "surfattn: the gradient of a term would go into a temporary matrix");
     return gradient_into(view(gradient));
   }
