@@ -76,7 +76,8 @@ void attention_forward_into(const Queries& queries, const Keys& keys, const Valu
                             Out&& out, LogSumExp&& log_sum_exp, const Workspace& workspace,
                             const Options& options = {}, const Terms&... terms) {
   detail::check_inputs_at_compile_time<Queries, Keys, Values>();
-  detail::check_outputs_at_compile_time<detail::scalar_t<Queries>, Out, LogSumExp>();
+  detail::check_outputs_at_compile_time<detail::scalar_t<Queries>, Out>();
+  detail::check_writable_sums_at_compile_time<detail::scalar_t<Queries>, LogSumExp>();
   constexpr detail::Require require("attention_forward");
   const auto& q = detail::stored(queries);
   const auto& k = detail::stored(keys);
@@ -102,7 +103,8 @@ void attention_backward_into(const Queries& queries, const Keys& keys, const Val
                              GradValues&& grad_values, const Workspace& workspace,
                              const Options& options = {}, const Terms&... terms) {
   using Scalar = detail::scalar_t<Queries>;
-  detail::check_inputs_at_compile_time<Queries, Keys, Values, Out, LogSumExp, GradOut>();
+  detail::check_inputs_at_compile_time<Queries, Keys, Values, Out, GradOut>();
+  detail::check_sums_at_compile_time<Scalar, LogSumExp>();
   detail::check_outputs_at_compile_time<Scalar, GradQueries, GradKeys, GradValues>();
   constexpr detail::Require require("attention_backward");
   const auto& q = detail::stored(queries);
@@ -125,7 +127,7 @@ void attention_backward_into(const Queries& queries, const Keys& keys, const Val
 ///     out_i = Σ_j W_ij·v_j.
 ///
 /// `queries` is Tq × (Hq·d), `keys` Tk × (Hkv·d), `values` Tk × (Hkv·dv): any Eigen matrix
-/// expression of float, double or long double, in any storage. Tokens are rows, heads are blocks of
+/// expression of float, double, long double, Eigen::half or Eigen::bfloat16, in any storage. Tokens are rows, heads are blocks of
 /// columns (see Heads). β is options.scale, 1/√d by default. Returns Tq × (Hq·dv). A query that
 /// sees no key gets 0, and so does one all of whose scores are −∞. A NaN or an infinity reaches the
 /// outputs that see it and no other.
@@ -164,7 +166,7 @@ auto attention_forward(const Queries& queries, const Keys& keys, const Values& v
                          .shapes(detail::extent(queries), detail::extent(keys),
                                  detail::extent(values), options.heads, options.sequences);
   Forward<Scalar> forward{detail::matrix<Scalar>(shape.out_extent()),
-                          detail::matrix<Scalar>(shape.log_sum_exp_extent())};
+                          detail::matrix<accumulator_t<Scalar>>(shape.log_sum_exp_extent())};
   attention_forward_into(queries, keys, values, forward.out, forward.log_sum_exp,
                          Workspace(detail::forward_workspace_size<Scalar>(shape, options.executor)),
                          options, terms...);

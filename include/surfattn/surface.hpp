@@ -44,7 +44,7 @@ Operands<scalar_t<Queries>> surface_operands(const Queries& queries, const Keys&
   if (!options.prior.is_sdpa())
     operands.query_norm_weight = operands.key_norm_weight = -operands.scale / 2;
   if (options.prior.is_explicit()) {
-    operands.log_prior = options.prior.template log_weights<Scalar>();
+    operands.log_prior = options.prior.template log_weights<accumulator_t<Scalar>>();
     if (operands.log_prior.cols == 1) operands.log_prior.col_stride = 0;
   }
   return operands;
@@ -60,12 +60,12 @@ Operands<scalar_t<Queries>> surface_operands(const Queries& queries, const Keys&
 /// at head·Tq + i, or is null where they are 0.
 template <class Scalar>
 accumulator_t<Scalar> scale_gradient(const Operands<Scalar>& operands, Index head,
-                                     MatrixView<const Scalar> grad_queries,
-                                     MatrixView<const Scalar> grad_key_bias,
+                                     MatrixView<const accumulator_t<Scalar>> grad_queries,
+                                     MatrixView<const accumulator_t<Scalar>> grad_key_bias,
                                      const accumulator_t<Scalar>* row_sums) {
   using Accumulator = accumulator_t<Scalar>;
   const auto keys = operands.key_head(head);
-  const auto took_part = [&](Index key) { return grad_key_bias(key, head) != Scalar(0); };
+  const auto took_part = [&](Index key) { return grad_key_bias(key, head) != Accumulator(0); };
   Index first = 0;
   while (first < keys.rows && !took_part(first)) ++first;
   if (first == keys.rows) return Accumulator(0);
@@ -104,7 +104,7 @@ accumulator_t<Scalar> scale_gradient(const Operands<Scalar>& operands,
   accumulator_t<Scalar> grad_scale(0);
   for (Index head = 0; head < operands.shape.key_value_heads; ++head) {
     grad_scale +=
-        scale_gradient<Scalar>(operands, head, gradients.queries, *gradients.key_bias, row_sums);
+        scale_gradient<Scalar>(operands, head, gradients.query_sums, *gradients.key_bias, row_sums);
   }
   return grad_scale;
 }
@@ -146,7 +146,8 @@ void project_forward_into(const Queries& queries, const Keys& keys, Out&& out,
                           LogSumExp&& log_sum_exp, const Workspace& workspace,
                           const SurfaceOptions& options = {}, const Terms&... terms) {
   detail::check_inputs_at_compile_time<Queries, Keys>();
-  detail::check_outputs_at_compile_time<detail::scalar_t<Queries>, Out, LogSumExp>();
+  detail::check_outputs_at_compile_time<detail::scalar_t<Queries>, Out>();
+  detail::check_writable_sums_at_compile_time<detail::scalar_t<Queries>, LogSumExp>();
   constexpr detail::Require require("project_forward");
   const auto& q = detail::stored(queries);
   const auto& k = detail::stored(keys);
@@ -168,12 +169,14 @@ template <class Queries, class Keys, class Out, class LogSumExp, class GradOut, 
 void project_backward_into(const Queries& queries, const Keys& keys, const Out& out,
                            const LogSumExp& log_sum_exp, const GradOut& grad_out,
                            GradQueries&& grad_queries, GradKeys&& grad_keys,
-                           detail::scalar_t<Queries>& grad_bandwidth, GradLogPrior&& grad_log_prior,
-                           const Workspace& workspace, const SurfaceOptions& options = {},
-                           const Terms&... terms) {
-  detail::check_inputs_at_compile_time<Queries, Keys, Out, LogSumExp, GradOut>();
+                           accumulator_t<detail::scalar_t<Queries>>& grad_bandwidth,
+                           GradLogPrior&& grad_log_prior, const Workspace& workspace,
+                           const SurfaceOptions& options = {}, const Terms&... terms) {
+  detail::check_inputs_at_compile_time<Queries, Keys, Out, GradOut>();
   using Scalar = detail::scalar_t<Queries>;
-  detail::check_outputs_at_compile_time<Scalar, GradQueries, GradKeys, GradLogPrior>();
+  detail::check_sums_at_compile_time<Scalar, LogSumExp>();
+  detail::check_outputs_at_compile_time<Scalar, GradQueries, GradKeys>();
+  detail::check_writable_sums_at_compile_time<Scalar, GradLogPrior>();
   constexpr detail::Require require("project_backward");
   const auto& q = detail::stored(queries);
   const auto& k = detail::stored(keys);
@@ -195,8 +198,7 @@ void project_backward_into(const Queries& queries, const Keys& keys, const Out& 
       },
       terms...);
   // σ = β^(−1/2)
-  grad_bandwidth =
-      static_cast<Scalar>(-2 * operands.scale * std::sqrt(operands.scale) * grad_scale);
+  grad_bandwidth = -2 * operands.scale * std::sqrt(operands.scale) * grad_scale;
 }
 
 /// Projection of each query onto the surface that the keys sample: for each query head,
@@ -205,8 +207,8 @@ void project_backward_into(const Queries& queries, const Keys& keys, const Out& 
 ///     W_i = softmax of S_i over the keys that every term lets query i see,
 ///     P(q_i) = Σ_j W_ij·k_j.
 ///
-/// `queries` is Tq × (Hq·d), `keys` Tk × (Hkv·d): any Eigen matrix expression of float, double or
-/// long double, in any storage. σ is options.bandwidth, in the units of the keys, or
+/// `queries` is Tq × (Hq·d), `keys` Tk × (Hkv·d): any Eigen matrix expression of float, double, long
+/// double, Eigen::half or Eigen::bfloat16, in any storage. σ is options.bandwidth, in the units of the keys, or
 /// 1/√options.scale; by default σ² = √d. π is options.prior. With KeyPrior::sdpa the weights are
 /// those of scaled dot-product attention with β = 1/σ², so that P(Q)·M = attention(Q, K, K·M) for
 /// any readout M. Returns Tq × (Hq·d), a point within the convex hull of the keys for each query; 0
@@ -247,7 +249,7 @@ auto project_forward(const Queries& queries, const Keys& keys, const SurfaceOpti
                          .shapes(detail::extent(queries), detail::extent(keys),
                                  detail::extent(keys), options.heads, options.sequences);
   Forward<Scalar> forward{detail::matrix<Scalar>(shape.out_extent()),
-                          detail::matrix<Scalar>(shape.log_sum_exp_extent())};
+                          detail::matrix<accumulator_t<Scalar>>(shape.log_sum_exp_extent())};
   project_forward_into(queries, keys, forward.out, forward.log_sum_exp,
                        Workspace(detail::forward_workspace_size<Scalar>(shape, options.executor)),
                        options, terms...);
@@ -285,9 +287,10 @@ auto project_backward(const Queries& queries, const Keys& keys, const Forward<Sc
       gradients.log_prior = gradients.log_prior.rowwise().sum().eval();
   };
   return detail::with_term_gradients(
-      SurfaceGradients<Scalar>{detail::matrix<Scalar>(shape.queries_extent()),
-                               detail::matrix<Scalar>(shape.keys_extent()), Scalar(0),
-                               detail::matrix<Scalar>({shape.keys, shape.key_value_heads})},
+      SurfaceGradients<Scalar>{
+          detail::matrix<Scalar>(shape.queries_extent()),
+          detail::matrix<Scalar>(shape.keys_extent()), accumulator_t<Scalar>(0),
+          detail::matrix<accumulator_t<Scalar>>({shape.keys, shape.key_value_heads})},
       run, terms...);
 }
 

@@ -19,10 +19,18 @@ using Matrix = Eigen::Matrix<Scalar, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowM
 template <class Scalar>
 using RowVector = Eigen::Matrix<Scalar, 1, Eigen::Dynamic, Eigen::RowMajor>;
 
-/// The scalar in which sums over `Scalar` are formed.
+/// The scalar in which sums over `Scalar` are formed: float where 16 bits are stored.
 template <class Scalar>
 struct accumulator {
   using type = Scalar;
+};
+template <>
+struct accumulator<Eigen::half> {
+  using type = float;
+};
+template <>
+struct accumulator<Eigen::bfloat16> {
+  using type = float;
 };
 template <class Scalar>
 using accumulator_t = typename accumulator<Scalar>::type;
@@ -31,7 +39,8 @@ using accumulator_t = typename accumulator<Scalar>::type;
 template <class Scalar>
 inline constexpr bool is_supported_scalar_v =
     std::is_same_v<Scalar, float> || std::is_same_v<Scalar, double> ||
-    std::is_same_v<Scalar, long double>;
+    std::is_same_v<Scalar, long double> || std::is_same_v<Scalar, Eigen::half> ||
+    std::is_same_v<Scalar, Eigen::bfloat16>;
 
 /// How the columns divide into heads: head h is the h-th block of columns. With fewer key/value
 /// heads than query heads (grouped-query attention, Ainslie et al. 2023, arXiv:2305.13245), query
@@ -45,8 +54,9 @@ struct Heads {
 /// The result of a forward pass, which is all that the backward pass needs besides the inputs.
 template <class Scalar>
 struct Forward {
-  Matrix<Scalar> out;          ///< Tq × (Hq·dv)
-  Matrix<Scalar> log_sum_exp;  ///< Tq × Hq, natural logarithm; −∞ where a query sees no key
+  Matrix<Scalar> out;  ///< Tq × (Hq·dv)
+  /// Tq × Hq, natural logarithm; −∞ where a query sees no key
+  Matrix<accumulator_t<Scalar>> log_sum_exp;
 };
 
 /// Gradients of a loss with respect to the inputs of `attention`, each of its input's shape.
@@ -67,10 +77,11 @@ struct WithTermGradients : Gradients {
 /// Gradients of a loss with respect to the inputs of `project`.
 template <class Scalar>
 struct SurfaceGradients {
-  Matrix<Scalar> queries;    ///< Tq × (Hq·d)
-  Matrix<Scalar> keys;       ///< Tk × (Hkv·d), through the scores and through the values
-  Scalar bandwidth{};        ///< ∂loss/∂σ
-  Matrix<Scalar> log_prior;  ///< Tk × Hkv, or Tk × 1 where one explicit prior serves all heads
+  Matrix<Scalar> queries;             ///< Tq × (Hq·d)
+  Matrix<Scalar> keys;                ///< Tk × (Hkv·d), through the scores and through the values
+  accumulator_t<Scalar> bandwidth{};  ///< ∂loss/∂σ
+  /// Tk × Hkv, or Tk × 1 where one explicit prior serves all heads
+  Matrix<accumulator_t<Scalar>> log_prior;
 };
 
 }  // namespace surfattn

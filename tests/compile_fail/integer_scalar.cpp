@@ -1,4 +1,4 @@
-// expect: surfattn: the scalar must be float, double or long double
+// expect: surfattn: the scalar must be float, double, long double
 #include <surfattn/surfattn.hpp>
 
 int main() {

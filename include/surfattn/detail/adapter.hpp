@@ -44,6 +44,35 @@ std::size_t forward_workspace_size(const Shape& batch, const Executor* executor)
   return work_plan(batch, ForwardPlanner<Scalar>{concurrency(executor)}, executor).workspace_size();
 }
 
+/// The workspace's part for sums over blocks of keys of dQ, where 16 bits are stored.
+template <class Scalar>
+std::size_t query_sum_bytes(const Shape& batch) {
+  if constexpr (std::is_same_v<Scalar, accumulator_t<Scalar>>) return 0;
+  Arena counter;
+  counter.take<accumulator_t<Scalar>>(batch.queries * batch.query_heads * batch.head_dim);
+  return Arena::alignment + counter.used();
+}
+
+/// Calls use(gradients, the rest of the workspace) with a place for the sums of dQ, and writes these
+/// where they belong.
+template <class Scalar, class Use>
+void with_query_sums(GradientOutputs<Scalar> gradients, const Workspace& workspace,
+                     [[maybe_unused]] std::size_t bytes, const Use& use) {
+  MatrixView<Scalar>& queries = gradients.queries;
+  if constexpr (std::is_same_v<Scalar, accumulator_t<Scalar>>) {
+    gradients.query_sums = queries;
+    use(gradients, workspace);
+  } else {
+    auto* sums = Arena(workspace).take<accumulator_t<Scalar>>(queries.rows * queries.cols);
+    gradients.query_sums = {sums, queries.rows, queries.cols, queries.cols, 1};
+    use(gradients, Workspace(workspace.data() + bytes, workspace.size() - bytes));
+    for (Index i = 0; i < queries.rows; ++i) {
+      for (Index c = 0; c < queries.cols; ++c)
+        queries(i, c) = static_cast<Scalar>(gradients.query_sums(i, c));
+    }
+  }
+}
+
 template <class Scalar, class... Terms>
 std::size_t workspace_size(Pass pass, const Shape& batch, bool values_are_keys,
                            const Executor* executor, const Require& require,
@@ -51,7 +80,7 @@ std::size_t workspace_size(Pass pass, const Shape& batch, bool values_are_keys,
   if (pass == Pass::forward) return forward_workspace_size<Scalar>(batch, executor);
   const auto bind = term_binder(batch, require, terms...);
   const BackwardPlanner<Scalar, decltype(bind)> planner{values_are_keys, bind};
-  return work_plan(batch, planner, executor).workspace_size();
+  return query_sum_bytes<Scalar>(batch) + work_plan(batch, planner, executor).workspace_size();
 }
 
 template <class Scalar>
@@ -161,9 +190,12 @@ void run_backward(const Operands<Scalar>& operands, const Upstream<Scalar>& upst
     require.shape("grad_values", extent(*gradients.values), shape.values_extent(),
                   "the shape of values");
   }
-  check_workspace(require, workspace, plan.least_workspace_size());
+  const std::size_t of_sums = query_sum_bytes<Scalar>(shape);
+  check_workspace(require, workspace, of_sums + plan.least_workspace_size());
   (clear_gradient(terms), ...);
-  backward(operands, bind, planner, plan, upstream, gradients, workspace, executor, done);
+  with_query_sums(gradients, workspace, of_sums, [&](const auto& into, const Workspace& rest) {
+    backward(operands, bind, planner, plan, upstream, into, rest, executor, done);
+  });
 }
 
 }  // namespace surfattn::detail

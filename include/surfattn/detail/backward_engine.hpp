@@ -334,7 +334,7 @@ class BackwardTask {
   }
 
   void add_to_grad_queries(Index head, Index first_query, Index queries) {
-    const auto out = gradients_.queries.block_cols(head * shape_.head_dim, shape_.head_dim)
+    const auto out = gradients_.query_sums.block_cols(head * shape_.head_dim, shape_.head_dim)
                          .block_rows(first_query, queries);
     for (Index i = 0; i < queries; ++i) {
       simd::write_row<simd::Store::add>(buffers_.grad_queries + i * buffers_.key_stride,
@@ -358,8 +358,7 @@ class BackwardTask {
       }
       if (!gradients_.key_bias) continue;
       for (Index j = 0; j < keys_of(n); ++j) {
-        (*gradients_.key_bias)(first_key_of(n) + j, key_value_head_) =
-            static_cast<Scalar>(tile.grad_key_bias[j]);
+        (*gradients_.key_bias)(first_key_of(n) + j, key_value_head_) = tile.grad_key_bias[j];
       }
     }
   }
@@ -478,7 +477,7 @@ Turns turns_of(Index item, const Terms& terms, const BackwardPlan<Scalar>& plan,
   return own;
 }
 
-/// All gradients but for `gradients.queries`, to which its part is added, and those of terms: the
+/// All gradients but for `gradients.query_sums`, to which its part is added, and those of terms: the
 /// items of one sequence that fall to one worker.
 template <class Scalar, class Terms, class Items>
 void backward(const Operands<Scalar>& operands, const Terms& terms,

@@ -127,7 +127,7 @@ void backward(const Operands<Scalar>& batch, const Bind& bind, const Planner& pl
               Executor* executor, const Done& done = {}) {
   for_each_sequence(batch.shape, planner, Arena(workspace),
                     [](const auto& sequence, Arena shared) { start_backward(sequence, shared); });
-  set_zero(gradients.queries);
+  set_zero(gradients.query_sums);
   share_items(executor, plan.workers_within(workspace), [&](Index worker, const auto& take) {
     visit_sequences(batch.shape, planner, Arena(workspace), take,
                     [&](const auto& sequence, Arena shared, const auto& items) {
@@ -145,7 +145,7 @@ void backward(const Operands<Scalar>& batch, const Bind& bind, const Planner& pl
         const auto of_sequence = gradients.of_sequence(sequence.shape);
         const auto sums = sequence.sums_in(shared);
         finish_term_gradients(operands, bind(sequence.shape), sums,
-                              upstream.of_sequence(sequence.shape), of_sequence.queries);
+                              upstream.of_sequence(sequence.shape), of_sequence.query_sums);
         done(operands, of_sequence, has_norms ? sums.raw_rows : nullptr);
       });
 }

@@ -36,7 +36,7 @@ struct Operands {
   MatrixView<const Scalar> keys;
   MatrixView<const Scalar> values;  ///< the keys once more where `values_are_keys`
   /// Tk × Hkv, col_stride 0 where all heads share one; no data where there is none
-  MatrixView<const Scalar> log_prior;
+  MatrixView<const Accumulator> log_prior;
   Accumulator scale{1};
   Accumulator query_norm_weight{0};
   Accumulator key_norm_weight{0};
@@ -68,7 +68,8 @@ struct Operands {
 template <class Scalar>
 struct ForwardOutputs {
   MatrixView<Scalar> out;
-  std::optional<MatrixView<Scalar>> log_sum_exp;  ///< absent where nobody asked for it
+  /// absent where nobody asked for it
+  std::optional<MatrixView<accumulator_t<Scalar>>> log_sum_exp;
 
   ForwardOutputs of_sequence(const Shape& sequence) const {
     ForwardOutputs one{query_rows(out, sequence), {}};
@@ -81,7 +82,7 @@ struct ForwardOutputs {
 template <class Scalar>
 struct Upstream {
   MatrixView<const Scalar> out;
-  MatrixView<const Scalar> log_sum_exp;
+  MatrixView<const accumulator_t<Scalar>> log_sum_exp;
   MatrixView<const Scalar> grad_out;
 
   Upstream of_sequence(const Shape& sequence) const {
@@ -97,12 +98,15 @@ struct GradientOutputs {
   MatrixView<Scalar> keys;
   std::optional<MatrixView<Scalar>> values;  ///< absent where the values are the keys
   /// c_j = Σ_i dS_ij, Tk × Hkv; absent where nobody asked for it
-  std::optional<MatrixView<Scalar>> key_bias;
+  std::optional<MatrixView<accumulator_t<Scalar>>> key_bias;
+  /// where blocks of keys add up dQ: `queries` itself, unless its numbers are too short for sums
+  MatrixView<accumulator_t<Scalar>> query_sums = {};
 
   GradientOutputs of_sequence(const Shape& sequence) const {
     GradientOutputs one{query_rows(queries, sequence), key_rows(keys, sequence), {}, {}};
     if (values) one.values = key_rows(*values, sequence);
     if (key_bias) one.key_bias = key_rows(*key_bias, sequence);
+    one.query_sums = query_rows(query_sums, sequence);
     return one;
   }
 };

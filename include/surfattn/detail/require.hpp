@@ -143,8 +143,9 @@ class Require {
   template <class Scalar>
   void key_prior(const KeyPrior& prior, const Shape& shape) const {
     if (!prior.is_explicit()) return;
-    if (!prior.holds<Scalar>()) {
-      fail("prior must hold log-weights of the same scalar type as queries");
+    if (!prior.holds<accumulator_t<Scalar>>()) {
+      fail(
+          "prior must hold log-weights of the same scalar type as queries (float for 16-bit ones)");
     }
     const Extent actual{prior.rows(), prior.cols()};
     if (actual == Extent{shape.keys, 1} || actual == Extent{shape.keys, shape.key_value_heads})
@@ -233,9 +234,27 @@ constexpr void check_inputs_at_compile_time() {
                   "surfattn: queries, keys, values and gradients must be of one scalar type; cast "
                   "them with .cast<T>()");
     static_assert(is_supported_scalar_v<First>,
-                  "surfattn: the scalar must be float, double or long double; any other scalar "
-                  "runs through surfattn/reference.hpp");
+                  "surfattn: the scalar must be float, double, long double, Eigen::half or "
+                  "Eigen::bfloat16; any other scalar runs through surfattn/reference.hpp");
   }
+}
+
+/// Log-sum-exps and the gradients of priors are of the scalar in which sums are formed.
+template <class Scalar, class... Matrices>
+constexpr void check_sums_at_compile_time() {
+  if constexpr ((DenseMatrix<Matrices> && ...)) {
+    static_assert(
+        (std::is_same_v<accumulator_t<Scalar>, scalar_t<Matrices>> && ...),
+        "surfattn: log_sum_exp and the gradient of the prior must be of the scalar type of "
+        "the inputs, or of float where that has 16 bits");
+  }
+}
+
+template <class Scalar, class... Matrices>
+constexpr void check_writable_sums_at_compile_time() {
+  check_sums_at_compile_time<Scalar, Matrices...>();
+  static_assert((WritableMatrix<Matrices> && ...),
+                "surfattn: an output must be a stored, writable Eigen matrix, map or block");
 }
 
 template <class Scalar, class... Matrices>

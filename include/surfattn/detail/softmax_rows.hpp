@@ -66,8 +66,8 @@ struct SoftmaxRows {
     if (!outputs.log_sum_exp) return;
     const Accumulator seen = softmax.log_sum_exp(row);
     const bool sees_a_key = seen != simd::minus_infinity<Accumulator>;
-    (*outputs.log_sum_exp)(query, head) = static_cast<Scalar>(
-        sees_a_key ? seen + offset_beside_scores<Terms>(operands, head, query) : seen);
+    (*outputs.log_sum_exp)(query, head) =
+        sees_a_key ? seen + offset_beside_scores<Terms>(operands, head, query) : seen;
   }
 };
 

@@ -9,7 +9,6 @@
 #include <surfattn/detail/softmax_rows.hpp>
 #include <surfattn/detail/tiling.hpp>
 #include <surfattn/workspace.hpp>
-#include <type_traits>
 
 /// With few queries (decoding) a call is as fast as keys and values can be read. A task owns a part
 /// of the keys and all heads; it reads them in the order in which they lie in memory, a run of
@@ -85,7 +84,7 @@ template <class Scalar>
 StreamPlan<Scalar>::StreamPlan(const Shape& sequence) : shape(sequence) {
   // A run of tokens, keys and values, and the next one stay in the second-level cache.
   const Index width = shape.key_value_heads * (shape.head_dim + shape.value_dim);
-  run = std::min(tile_rows<Scalar>(256, width), std::max<Index>(shape.keys, 1));
+  run = std::min(tile_rows<Accumulator>(256, width), std::max<Index>(shape.keys, 1));
   constexpr Index parts = 16, fewest_keys = 1024;
   part = std::max(fewest_keys, blocks(blocks(shape.keys, parts), run) * run);
   items = std::max<Index>(1, blocks(shape.keys, part));
@@ -199,9 +198,8 @@ class StreamTask {
   /// Values can be used as they lie where they are whole contiguous packets. Behind a mask they must
   /// be finite besides, since 0·NaN is NaN; without one every value is seen.
   static bool can_be_read_in_place(MatrixView<const Scalar> values, Coverage coverage) {
-    if constexpr (!std::is_same_v<Scalar, Accumulator>) return false;
     if (values.col_stride != 1 || values.cols % simd::lanes<Accumulator> != 0) return false;
-    return coverage == Coverage::full || simd::are_finite(values);
+    return coverage == Coverage::full || simd::are_finite<Accumulator>(values);
   }
 
   /// The tile of one of the query heads that share a key/value head.

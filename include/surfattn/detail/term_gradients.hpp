@@ -221,7 +221,7 @@ void add_sink_gradient(const Operands<Scalar>& operands, const Upstream<Scalar>&
 template <class Scalar>
 void add_query_norm_gradient(const Operands<Scalar>& operands,
                              const accumulator_t<Scalar>* raw_rows,
-                             MatrixView<Scalar> grad_queries) {
+                             MatrixView<accumulator_t<Scalar>> grad_queries) {
   using Accumulator = accumulator_t<Scalar>;
   const Shape& shape = operands.shape;
   for (Index head = 0; head < shape.query_heads; ++head) {
@@ -232,8 +232,7 @@ void add_query_norm_gradient(const Operands<Scalar>& operands,
       if (sum == Accumulator(0)) continue;
       const Accumulator factor = 2 * operands.query_norm_weight * sum;
       for (Index c = 0; c < shape.head_dim; ++c) {
-        gradients(i, c) = static_cast<Scalar>(static_cast<Accumulator>(gradients(i, c)) +
-                                              factor * static_cast<Accumulator>(queries(i, c)));
+        gradients(i, c) += factor * static_cast<Accumulator>(queries(i, c));
       }
     }
   }
@@ -244,7 +243,8 @@ void add_query_norm_gradient(const Operands<Scalar>& operands,
 template <class Scalar, class Terms>
 void finish_term_gradients(const Operands<Scalar>& operands, const Terms& terms,
                            const TermSums<accumulator_t<Scalar>>& totals,
-                           const Upstream<Scalar>& upstream, MatrixView<Scalar> grad_queries) {
+                           const Upstream<Scalar>& upstream,
+                           MatrixView<accumulator_t<Scalar>> grad_queries) {
   GradientSums<accumulator_t<Scalar>> sums{operands.shape,     totals.item_count, totals.items,
                                            totals.item_stride, totals.rows,       totals.columns};
   terms.each_wanted_gradient([&](std::size_t, const auto& term) {

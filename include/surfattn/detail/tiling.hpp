@@ -37,10 +37,11 @@ constexpr Index task_rows(Index rows, Index tasks, Index tile, Index most) {
 /// block may depend on the number of workers and the bits do not.
 template <class Scalar>
 Tiling forward_tiling(const Shape& shape, Index workers) {
+  using Accumulator = accumulator_t<Scalar>;
   constexpr Index most = 2048, tasks_per_worker = 2;
-  constexpr Index query_tile = simd::rounded_up(64, simd::left_width<Scalar>);
+  constexpr Index query_tile = simd::rounded_up(64, simd::left_width<Accumulator>);
   const Index tasks = workers == 1 ? 1 : tasks_per_worker * workers;
-  return {query_tile, tile_rows<Scalar>(512, std::max(shape.head_dim, shape.value_dim)),
+  return {query_tile, tile_rows<Accumulator>(512, std::max(shape.head_dim, shape.value_dim)),
           task_rows(shape.queries * shape.key_value_heads, tasks, query_tile,
                     most / shape.group() / query_tile * query_tile)};
 }
@@ -49,9 +50,10 @@ Tiling forward_tiling(const Shape& shape, Index workers) {
 /// number of workers: cut by the problem alone, so that several threads have something to do.
 template <class Scalar>
 Tiling backward_tiling(const Shape& shape) {
+  using Accumulator = accumulator_t<Scalar>;
   constexpr Index tasks = 4;
-  const Index keys = tile_rows<Scalar>(256, std::max(shape.head_dim, shape.value_dim));
-  return {simd::rounded_up(std::min<Index>(keys, 128), simd::left_width<Scalar>), keys,
+  const Index keys = tile_rows<Accumulator>(256, std::max(shape.head_dim, shape.value_dim));
+  return {simd::rounded_up(std::min<Index>(keys, 128), simd::left_width<Accumulator>), keys,
           task_rows(shape.keys * shape.key_value_heads, tasks, keys, 4 * keys)};
 }
 

@@ -96,6 +96,52 @@ SURFATTN_ALWAYS_INLINE auto maximum_of(P a) {
   return Eigen::internal::predux_max(a);
 }
 
+/// Unsigned integers of `bytes` bytes, as many as a packet has lanes.
+template <class Scalar, std::size_t bytes>
+struct integers {
+  using Integer = std::conditional_t<bytes == 2, std::uint16_t, std::uint32_t>;
+  typedef Integer type
+      __attribute__((vector_size(bytes * static_cast<std::size_t>(lanes<Scalar>))));
+};
+
+/// Whether Eigen has packets of `Source` that become packets of `Scalar`, lane by lane.
+template <class Scalar, class Source>
+inline constexpr bool casts_packets =
+    lanes<Scalar> != 1 && Eigen::internal::unpacket_traits<Packet<Source>>::size == lanes<Scalar>;
+
+/// As many numbers as a packet of `Scalar` has lanes, from any address, as such a packet.
+template <class Scalar, class Source>
+SURFATTN_ALWAYS_INLINE Packet<Scalar> load_as(const Source* from) {
+  if constexpr (std::is_same_v<Scalar, Source>) {
+    return load_unaligned(from);
+  } else if constexpr (std::is_same_v<Source, Eigen::bfloat16> && lanes<Scalar> != 1) {
+    typename integers<Scalar, 2>::type bits;  // the upper half of a float's
+    __builtin_memcpy(&bits, from, sizeof bits);
+    const auto wide = __builtin_convertvector(bits, typename integers<Scalar, 4>::type) << 16;
+    return __builtin_bit_cast(Packet<Scalar>, wide);
+  } else if constexpr (casts_packets<Scalar, Source>) {
+    return Eigen::internal::pcast<Packet<Source>, Packet<Scalar>>(load_unaligned(from));
+  } else {
+    alignas(sizeof(Packet<Scalar>)) Scalar numbers[lanes<Scalar>];
+    for (Index i = 0; i < lanes<Scalar>; ++i) numbers[i] = static_cast<Scalar>(from[i]);
+    return load(numbers);
+  }
+}
+
+/// A packet's numbers, rounded to the nearest of `Result`.
+template <class Scalar, class Result>
+SURFATTN_ALWAYS_INLINE void store_as(Result* to, Packet<Scalar> packet) {
+  if constexpr (std::is_same_v<Scalar, Result>) {
+    store_unaligned(to, packet);
+  } else if constexpr (casts_packets<Scalar, Result> && std::is_same_v<Result, Eigen::half>) {
+    store_unaligned(to, Eigen::internal::pcast<Packet<Scalar>, Packet<Result>>(packet));
+  } else {
+    alignas(sizeof(Packet<Scalar>)) Scalar numbers[lanes<Scalar>];
+    store(numbers, packet);
+    for (Index i = 0; i < lanes<Scalar>; ++i) to[i] = static_cast<Result>(numbers[i]);
+  }
+}
+
 template <int... I>
 using int_sequence = std::integer_sequence<int, I...>;
 template <int N>

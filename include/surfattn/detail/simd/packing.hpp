@@ -22,9 +22,7 @@ struct NonFiniteRows {
 /// `count` ≤ lanes numbers, `stride` apart, and zeros in the remaining lanes.
 template <class Scalar, class Source>
 SURFATTN_ALWAYS_INLINE Packet<Scalar> gather(const Source* from, Index stride, Index count) {
-  if constexpr (std::is_same_v<Scalar, Source>) {
-    if (stride == 1 && count >= lanes<Scalar>) return load_unaligned(from);
-  }
+  if (stride == 1 && count >= lanes<Scalar>) return load_as<Scalar>(from);
   alignas(Arena::alignment) Scalar numbers[lanes<Scalar>] = {};
   for (Index c = 0; c < std::min(count, lanes<Scalar>); ++c) {
     numbers[c] = static_cast<Scalar>(from[c * stride]);
@@ -144,13 +142,11 @@ template <Store mode, class Scalar, class Result>
 void write_row(const Scalar* from, Scalar factor, MatrixView<Result> to, Index row) {
   Result* out = to.row(row);
   Index c = 0;
-  if constexpr (std::is_same_v<Scalar, Result>) {
-    const auto multiplier = broadcast(factor);
-    for (; to.col_stride == 1 && c + lanes<Scalar> <= to.cols; c += lanes<Scalar>) {
-      const auto product = multiply(multiplier, load(from + c));
-      store_unaligned(out + c,
-                      mode == Store::set ? product : add(load_unaligned(out + c), product));
-    }
+  const auto multiplier = broadcast(factor);
+  for (; to.col_stride == 1 && c + lanes<Scalar> <= to.cols; c += lanes<Scalar>) {
+    const auto product = multiply(multiplier, load(from + c));
+    store_as<Scalar>(out + c,
+                     mode == Store::set ? product : add(load_as<Scalar>(out + c), product));
   }
   for (; c < to.cols; ++c) {
     Result& entry = out[c * to.col_stride];
@@ -192,12 +188,12 @@ void row_products(MatrixView<const Source> a, MatrixView<const Source> b, Scalar
 /// Σ_ij a_ij·(b_ij − origin_j), where a zero in `a` (a query that took no part) hides whatever
 /// stands in `b`. `origin` is one row.
 template <class Scalar, class Source>
-Scalar sum_of_products(MatrixView<const Source> a, MatrixView<const Source> b,
+Scalar sum_of_products(MatrixView<const Scalar> a, MatrixView<const Source> b,
                        MatrixView<const Source> origin) {
   auto total = broadcast(Scalar(0));
   for (Index i = 0; i < a.rows; ++i) {
     for (Index c = 0; c < a.cols; c += lanes<Scalar>) {
-      const auto take = [&](MatrixView<const Source> view, Index row) {
+      const auto take = [&](const auto& view, Index row) {
         return gather<Scalar>(&view(row, c), view.col_stride, a.cols - c);
       };
       const auto x = take(a, i);

@@ -7,7 +7,6 @@
 #include <surfattn/detail/simd/row_operations.hpp>
 #include <surfattn/detail/simd/tile_products.hpp>
 #include <surfattn/detail/view.hpp>
-#include <type_traits>
 
 /// With few queries, every key and value is used a few times only and packing it would cost more
 /// than using it. These functions read each row once, from memory, in its natural layout.
@@ -81,12 +80,9 @@ SURFATTN_ALWAYS_INLINE void dot_block(RowsOperand<Scalar> q, MatrixView<const So
     for (int j = 0; j < Keys; ++j) sums[i][j] = broadcast(Scalar(0));
   }
   Index c = 0;
-  if constexpr (std::is_same_v<Scalar, Source>) {
-    for (; keys.col_stride == 1 && c + lanes<Scalar> <= keys.cols; c += lanes<Scalar>) {
-      ahead.ask(lines);
-      add_dot_step<Rows, Keys>(q, c, sums,
-                               [&](Index j) { return load_unaligned(keys.row(j) + c); });
-    }
+  for (; keys.col_stride == 1 && c + lanes<Scalar> <= keys.cols; c += lanes<Scalar>) {
+    ahead.ask(lines);
+    add_dot_step<Rows, Keys>(q, c, sums, [&](Index j) { return load_as<Scalar>(keys.row(j) + c); });
   }
   for (; c < keys.cols; c += lanes<Scalar>) {
     add_dot_step<Rows, Keys>(q, c, sums, [&](Index j) {
@@ -154,8 +150,8 @@ SURFATTN_NEVER_INLINE void set_dot_products(Index rows, RowsOperand<Scalar> q,
 
 /// `Rows` rows of C += A·B over `Packets` packets of columns, where B are rows of an input as they
 /// lie. Asks for `lines` at each of them.
-template <int Rows, int Packets, class Scalar, class Ahead>
-SURFATTN_ALWAYS_INLINE void add_rows_block(RowsOperand<Scalar> a, MatrixView<const Scalar> b,
+template <int Rows, int Packets, class Scalar, class Source, class Ahead>
+SURFATTN_ALWAYS_INLINE void add_rows_block(RowsOperand<Scalar> a, MatrixView<const Source> b,
                                            Tile<Scalar> c, Ahead& ahead, Index lines) {
   Packet<Scalar> sums[Rows][Packets];
   SURFATTN_UNROLL
@@ -167,7 +163,7 @@ SURFATTN_ALWAYS_INLINE void add_rows_block(RowsOperand<Scalar> a, MatrixView<con
     ahead.ask(lines);
     Packet<Scalar> row[Packets];
     SURFATTN_UNROLL
-    for (int p = 0; p < Packets; ++p) row[p] = load_unaligned(b.row(k) + p * lanes<Scalar>);
+    for (int p = 0; p < Packets; ++p) row[p] = load_as<Scalar>(b.row(k) + p * lanes<Scalar>);
     SURFATTN_UNROLL
     for (int i = 0; i < Rows; ++i) {
       const auto factor = broadcast(a.from(i)[k]);
@@ -184,9 +180,9 @@ SURFATTN_ALWAYS_INLINE void add_rows_block(RowsOperand<Scalar> a, MatrixView<con
 
 /// The columns of C += A·B from `col` on, in steps of `Packets` packets and then of half as many;
 /// they are a whole number of packets.
-template <int Rows, int Packets, class Scalar, class Ahead>
+template <int Rows, int Packets, class Scalar, class Source, class Ahead>
 SURFATTN_ALWAYS_INLINE void add_rows_columns(Index col, RowsOperand<Scalar> a,
-                                             MatrixView<const Scalar> b, Tile<Scalar> c,
+                                             MatrixView<const Source> b, Tile<Scalar> c,
                                              Ahead& ahead, Index lines) {
   constexpr Index width = Packets * lanes<Scalar>;
   for (; col + width <= b.cols; col += width) {
@@ -200,9 +196,9 @@ SURFATTN_ALWAYS_INLINE void add_rows_columns(Index col, RowsOperand<Scalar> a,
 
 /// The rows of C += A·B from `row` on, in steps of `Rows` and then of half as many: the fewer the
 /// rows, the wider the block of columns, so that there are always as many sums under way.
-template <int Rows, class Scalar, class Ahead>
+template <int Rows, class Scalar, class Source, class Ahead>
 SURFATTN_ALWAYS_INLINE void add_rows(Index row, Index rows, RowsOperand<Scalar> a,
-                                     MatrixView<const Scalar> b, Tile<Scalar> c, Ahead& ahead) {
+                                     MatrixView<const Source> b, Tile<Scalar> c, Ahead& ahead) {
   constexpr int packets = (registers >= 32 ? 16 : 8) / Rows;
   const Index passes = std::max<Index>(1, rows * b.cols / (Rows * packets * lanes<Scalar>));
   for (; row + Rows <= rows; row += Rows) {
@@ -215,21 +211,21 @@ SURFATTN_ALWAYS_INLINE void add_rows(Index row, Index rows, RowsOperand<Scalar> 
 }
 
 /// C += A·B for `rows` rows, where B are rows of an input as they lie.
-template <class Scalar, class Ahead>
+template <class Scalar, class Source, class Ahead>
 SURFATTN_NEVER_INLINE void add_rows_product(Index rows, RowsOperand<Scalar> a,
-                                            MatrixView<const Scalar> b, Tile<Scalar> c,
+                                            MatrixView<const Source> b, Tile<Scalar> c,
                                             Ahead& ahead) {
   add_rows<registers >= 32 ? 8 : 4>(0, rows, a, b, c, ahead);
 }
 
 /// Whether all numbers of contiguous rows, a whole number of packets wide, are finite.
-template <class Scalar>
-bool are_finite(MatrixView<const Scalar> rows) {
+template <class Scalar, class Source>
+bool are_finite(MatrixView<const Source> rows) {
   const auto zero = broadcast(Scalar(0));
   auto zeros = zero;  // x·0 is 0 for every finite x and NaN for the others
   for (Index i = 0; i < rows.rows; ++i) {
     for (Index c = 0; c < rows.cols; c += lanes<Scalar>)
-      zeros = multiply_add(load_unaligned(rows.row(i) + c), zero, zeros);
+      zeros = multiply_add(load_as<Scalar>(rows.row(i) + c), zero, zeros);
   }
   return sum(zeros) == Scalar(0);
 }
