@@ -28,7 +28,6 @@ namespace surfattn {
 template <class Element>
 class AdditiveBias : public detail::TrainableTerm<AdditiveBias<Element>, Element> {
   using Base = detail::TrainableTerm<AdditiveBias<Element>, Element>;
-  static constexpr Element hidden = -std::numeric_limits<Element>::infinity();
 
  public:
   template <detail::StoredMatrix Derived>
@@ -57,7 +56,7 @@ class AdditiveBias : public detail::TrainableTerm<AdditiveBias<Element>, Element
   }
 
   bool allows(Index head, Index query, Index key) const {
-    return block(this->parameters_, {head, query, 1, key, 1})(0, 0) != hidden;
+    return block(this->parameters_, {head, query, 1, key, 1})(0, 0) != hidden();
   }
 
   /// Reads the tile's part of the bias until it has met both a pair that is seen and one that is
@@ -122,11 +121,14 @@ class AdditiveBias : public detail::TrainableTerm<AdditiveBias<Element>, Element
   }
 
  private:
+  static Element hidden() { return -std::numeric_limits<Element>::infinity(); }
+
   /// How many of the numbers are −∞. Counted in integers as wide as they are, for vectors.
   SURFATTN_ALWAYS_INLINE static Index count_hidden(const Element* from, Index stride, Index count) {
     using Counter = std::conditional_t<sizeof(Element) == 4, std::uint32_t, std::uint64_t>;
+    const Element minus_infinity = hidden();
     Counter total = 0;
-    for (Index j = 0; j < count; ++j) total += from[j * stride] == hidden;
+    for (Index j = 0; j < count; ++j) total += from[j * stride] == minus_infinity;
     return static_cast<Index>(total);
   }
 

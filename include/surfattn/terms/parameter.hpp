@@ -55,8 +55,9 @@ class TrainableTerm {
   template <class Derived>
   explicit TrainableTerm(const Eigen::MatrixBase<Derived>& parameters)
       : parameters_(view(parameters.derived())) {
-    static_assert(std::is_floating_point_v<ParameterScalar>,
-                  "surfattn: the parameters of a term must be floating-point numbers");
+    static_assert(is_supported_scalar_v<ParameterScalar>,
+                  "surfattn: the parameters of a term must be float, double, long double or a "
+                  "16-bit number of Eigen's");
   }
 
   void check_gradient_shape(const Require& require, const char* name) const {
