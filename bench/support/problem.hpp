@@ -1,0 +1,450 @@
+// One problem of attention: its inputs, the ways to compute it, and the reference that judges their results.
+#pragma once
+
+#include <algorithm>
+#include <cstdio>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <surfattn/reference.hpp>
+#include <surfattn/surfattn.hpp>
+#include <vector>
+
+#include "naive.hpp"
+#include "timing.hpp"
+
+namespace surfattn::bench {
+
+/// `sequences` problems of the same shape, each one call.
+struct Case {
+  const char* name;
+  Index sequences, query_heads, key_value_heads, queries, keys, width;
+};
+
+/// One head, as many queries as keys.
+inline Case square(Index tokens, Index width, Index heads = 1) {
+  return {"", 1, heads, heads, tokens, tokens, width};
+}
+
+// Which keys a query sees: `sees` for the reference, `hide` for naive code, `call` for the library. Positions are aligned at the
+// bottom right.
+
+struct NoMask {
+  static constexpr const char* name = "none";
+  bool sees(Index, Index, const Case&) const { return true; }
+  template <class Scalar>
+  void hide(Matrix<Scalar>&, const Case&) const {}
+  template <class Call>
+  void call(const Case&, const Call& call) const {
+    call();
+  }
+};
+
+/// A mask that lets each query see one run of keys.
+template <class Range>
+struct RunMask {
+  bool sees(Index i, Index j, const Case& c) const {
+    const KeyRange seen = Range::range(i, c);
+    return seen.first <= j && j < seen.last;
+  }
+  template <class Scalar>
+  void hide(Matrix<Scalar>& scores, const Case& c) const {
+    for (Index i = 0; i < scores.rows(); ++i) {
+      const KeyRange seen = Range::range(i, c);
+      scores.row(i).head(seen.first).setConstant(-std::numeric_limits<Scalar>::infinity());
+      scores.row(i)
+          .tail(scores.cols() - seen.last)
+          .setConstant(-std::numeric_limits<Scalar>::infinity());
+    }
+  }
+};
+
+struct CausalMask : RunMask<CausalMask> {
+  static constexpr const char* name = "causal";
+  static KeyRange range(Index i, const Case& c) { return {0, i + 1 + c.keys - c.queries}; }
+  template <class Call>
+  void call(const Case&, const Call& call) const {
+    call(Causal{Align::bottom_right});
+  }
+};
+
+/// The query's own position and the 255 before it.
+struct WindowMask : RunMask<WindowMask> {
+  static constexpr const char* name = "window";
+  static KeyRange range(Index i, const Case& c) {
+    const Index position = i + c.keys - c.queries;
+    return {std::max<Index>(0, position - 255), position + 1};
+  }
+  template <class Call>
+  void call(const Case&, const Call& call) const {
+    call(SlidingWindow{.left = 255, .right = 0, .align = Align::bottom_right});
+  }
+};
+
+/// A quarter of the keys is padding.
+struct LengthMask : RunMask<LengthMask> {
+  static constexpr const char* name = "lengths";
+  static KeyRange range(Index, const Case& c) { return {0, c.keys - c.keys / 4}; }
+  template <class Call>
+  void call(const Case& c, const Call& call) const {
+    call(KeyLengths{c.keys - c.keys / 4});
+  }
+};
+
+/// Documents of 300 tokens, one after the other, that do not see each other: as a dense mask.
+struct DocumentMask {
+  static constexpr const char* name = "bool";
+  using Dense = Eigen::Matrix<bool, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
+  mutable Dense dense;  // made for the shape at first use
+
+  bool sees(Index i, Index j, const Case& c) const {
+    return (i + c.keys - c.queries) / 300 == j / 300;
+  }
+  const Dense& matrix(const Case& c) const {
+    if (dense.size() == 0) {
+      dense =
+          Dense::NullaryExpr(c.queries, c.keys, [&](Index i, Index j) { return sees(i, j, c); });
+    }
+    return dense;
+  }
+  template <class Scalar>
+  void hide(Matrix<Scalar>& scores, const Case& c) const {
+    scores = matrix(c).select(scores, -std::numeric_limits<Scalar>::infinity());
+  }
+  template <class Call>
+  void call(const Case& c, const Call& call) const {
+    call(BoolMask(matrix(c)));
+  }
+};
+
+enum class Form { standard, surface, surface_sdpa };
+
+inline const char* name_of(Form form) {
+  return form == Form::standard  ? "standard"
+         : form == Form::surface ? "surface"
+                                 : "surface (sdpa prior)";
+}
+
+template <class Scalar>
+struct Gradients {
+  Matrix<Scalar> queries, keys, values, log_prior;
+  Scalar bandwidth{};
+};
+
+template <class Scalar>
+struct Sequence {
+  Matrix<Scalar> queries, keys, values, grad_out;
+  Forward<Scalar> forward;
+  Gradients<Scalar> grad;
+  std::vector<Matrix<Scalar>> weights;  // of naive code, for its backward pass
+};
+
+/// What is compared with the reference: few queries, all of them if there are no more than these.
+inline std::vector<Index> sampled_rows(Index count) {
+  std::vector<Index> rows{0,          1,         count / 3, count / 2, 2 * count / 3,
+                          count - 17, count - 2, count - 1};
+  if (count <= 20) {
+    rows.clear();
+    for (Index i = 0; i < count; ++i) rows.push_back(i);
+  }
+  return rows;
+}
+
+template <class Scalar, class Mask = NoMask>
+class Problem : public std::enable_shared_from_this<Problem<Scalar, Mask>> {
+ public:
+  static std::shared_ptr<Problem> make(const Case& c) {
+    return std::shared_ptr<Problem>(new Problem(c));
+  }
+
+  const Case& shape() const { return case_; }
+  std::vector<Sequence<Scalar>>& sequences() { return sequences_; }
+
+  /// The forward pass of the library, into the problem's outputs, judged before it is returned.
+  Work forward(Form form, Executor* executor = nullptr) {
+    return judged(form, Pass::forward, unjudged(form, Pass::forward, executor));
+  }
+
+  /// The backward pass, likewise, after one forward pass.
+  Work backward(Form form, Executor* executor = nullptr) {
+    unjudged(form, Pass::forward, executor)();
+    return judged(form, Pass::backward, unjudged(form, Pass::backward, executor));
+  }
+
+  Work naive_forward() {
+    return judged(Form::standard, Pass::forward, [self = this->shared_from_this()] {
+      self->each_head([&](Sequence<Scalar>&, Index, auto q, auto k, auto v, auto out) {
+        out = naive_attention(q, k, v, self->hide());
+      });
+    });
+  }
+
+  /// The same, and the weights are kept for naive_backward.
+  Work naive_forward_with_weights() {
+    return judged(Form::standard, Pass::forward, [self = this->shared_from_this()] {
+      self->each_head([&](Sequence<Scalar>& s, Index head, auto q, auto k, auto v, auto out) {
+        auto& weights = s.weights[std::size_t(head)];
+        weights = naive_weights(q, k, self->hide());
+        out.noalias() = weights * v;
+      });
+    });
+  }
+
+  /// With as many key/value heads as query heads.
+  Work naive_backward() {
+    naive_forward_with_weights();
+    return judged(Form::standard, Pass::backward, [self = this->shared_from_this()] {
+      const Index d = self->case_.width;
+      self->each_head([&](Sequence<Scalar>& s, Index h, auto q, auto k, auto v, auto out) {
+        bench::naive_backward(s.weights[std::size_t(h)], q, k, v, out,
+                              s.grad_out.middleCols(h * d, d), s.grad.queries.middleCols(h * d, d),
+                              s.grad.keys.middleCols(h * d, d), s.grad.values.middleCols(h * d, d));
+      });
+    });
+  }
+
+  /// `work` writes the outputs or the gradients of every sequence; throws if they are wrong.
+  Work judged(Form form, Pass pass, Work work) {
+    if (pass == Pass::forward) {
+      work();
+      for (Sequence<Scalar>& s : sequences_) judge_forward(form, s);
+    } else {
+      judge_backward(form, work);
+    }
+    return work;
+  }
+
+  /// Pairs of a query and a key that it sees, over all heads and sequences.
+  double pairs() const {
+    double pairs = 0;
+    for (Index i = 0; i < case_.queries; ++i)
+      for (Index j = 0; j < case_.keys; ++j) pairs += mask_.sees(i, j, case_);
+    return pairs * double(case_.query_heads * case_.sequences);
+  }
+
+  double flops(Pass pass) const {
+    return (pass == Pass::forward ? 4 : 10) * pairs() * double(case_.width);
+  }
+
+  /// Bytes of all inputs and outputs, each counted once.
+  double bytes(Form form, Pass pass) const {
+    const double of_queries = double(case_.queries * case_.query_heads * case_.width);
+    const double of_keys = double(case_.keys * case_.key_value_heads * case_.width);
+    const double keys_and_values = form == Form::standard ? 2 * of_keys : of_keys;
+    const double numbers = pass == Pass::forward ? 2 * of_queries + keys_and_values
+                                                 : 4 * of_queries + 2 * keys_and_values;
+    return numbers * double(sizeof(Scalar)) * double(case_.sequences);
+  }
+
+ private:
+  using Exact = std::conditional_t<(sizeof(Scalar) < 8), double, long double>;
+  using Plain = std::conditional_t<(sizeof(Scalar) < 4), float, Scalar>;
+
+  explicit Problem(const Case& c) : case_(c) {
+    std::srand(1);
+    const auto random = [](Index rows, Index cols) -> Matrix<Scalar> {
+      return Matrix<float>::Random(rows, cols).template cast<Scalar>();
+    };
+    const Index query_cols = c.query_heads * c.width, key_cols = c.key_value_heads * c.width;
+    for (Index i = 0; i < c.sequences; ++i) {
+      Sequence<Scalar>& s = sequences_.emplace_back();
+      s.queries = random(c.queries, query_cols);
+      s.keys = random(c.keys, key_cols);
+      s.values = random(c.keys, key_cols);
+      s.grad_out = random(c.queries, query_cols);
+      s.forward.out.setZero(c.queries, query_cols);
+      s.forward.log_sum_exp.setZero(c.queries, c.query_heads);
+      s.grad = {Matrix<Scalar>::Zero(c.queries, query_cols), Matrix<Scalar>::Zero(c.keys, key_cols),
+                Matrix<Scalar>::Zero(c.keys, key_cols),
+                Matrix<Scalar>::Zero(c.keys, c.key_value_heads)};
+      s.weights.resize(std::size_t(c.query_heads));
+    }
+  }
+
+  Index key_head(Index head) const { return head / (case_.query_heads / case_.key_value_heads); }
+  Heads heads() const { return {.query = case_.query_heads, .key_value = case_.key_value_heads}; }
+
+  auto hide() const {
+    return [this](Matrix<Scalar>& scores) { mask_.hide(scores, case_); };
+  }
+
+  template <class Call>
+  void each_head(const Call& call) {
+    const Index d = case_.width;
+    for (Sequence<Scalar>& s : sequences_) {
+      for (Index h = 0; h < case_.query_heads; ++h) {
+        const Index shared = key_head(h) * d;
+        call(s, h, s.queries.middleCols(h * d, d), s.keys.middleCols(shared, d),
+             s.values.middleCols(shared, d), s.forward.out.middleCols(h * d, d));
+      }
+    }
+  }
+
+  Work unjudged(Form form, Pass pass, Executor* executor) {
+    return form == Form::standard ? standard(pass, executor) : surface(form, pass, executor);
+  }
+
+  Work standard(Pass pass, Executor* executor) {
+    const Options options{.heads = heads(), .executor = executor};
+    const Sequence<Scalar>& first = sequences_.front();
+    const auto workspace = std::make_shared<Workspace>(
+        workspace_size(pass, first.queries, first.keys, first.values, options));
+    return [=, self = this->shared_from_this()] {
+      for (Sequence<Scalar>& s : self->sequences_) {
+        self->mask_.call(self->case_, [&](const auto&... terms) {
+          if (pass == Pass::forward) {
+            attention_forward_into(s.queries, s.keys, s.values, s.forward.out,
+                                   s.forward.log_sum_exp, *workspace, options, terms...);
+          } else {
+            attention_backward_into(s.queries, s.keys, s.values, s.forward.out,
+                                    s.forward.log_sum_exp, s.grad_out, s.grad.queries, s.grad.keys,
+                                    s.grad.values, *workspace, options, terms...);
+          }
+        });
+      }
+    };
+  }
+
+  Work surface(Form form, Pass pass, Executor* executor) {
+    const SurfaceOptions options{
+        .heads = heads(),
+        .executor = executor,
+        .prior = form == Form::surface ? KeyPrior::uniform : KeyPrior::sdpa};
+    const Sequence<Scalar>& first = sequences_.front();
+    const auto workspace =
+        std::make_shared<Workspace>(workspace_size(pass, first.queries, first.keys, options));
+    return [=, self = this->shared_from_this()] {
+      for (Sequence<Scalar>& s : self->sequences_) {
+        self->mask_.call(self->case_, [&](const auto&... terms) {
+          if (pass == Pass::forward) {
+            project_forward_into(s.queries, s.keys, s.forward.out, s.forward.log_sum_exp,
+                                 *workspace, options, terms...);
+          } else {
+            project_backward_into(s.queries, s.keys, s.forward.out, s.forward.log_sum_exp,
+                                  s.grad_out, s.grad.queries, s.grad.keys, s.grad.bandwidth,
+                                  s.grad.log_prior, *workspace, options, terms...);
+          }
+        });
+      }
+    };
+  }
+
+  /// The sampled queries of a sequence in the scalar of the reference.
+  template <class S>
+  struct Sample {
+    Matrix<S> queries, keys, values, grad_out;
+    reference::Mask mask;
+    S scale, bandwidth;
+    reference::Heads heads;
+  };
+
+  template <class S>
+  Sample<S> sample(const Sequence<Scalar>& s) const {
+    const std::vector<Index> rows = sampled_rows(case_.queries);
+    const auto mask = reference::Mask::NullaryExpr(
+        Index(rows.size()), case_.keys,
+        [&](Index i, Index j) { return mask_.sees(rows[std::size_t(i)], j, case_); });
+    const S scale = 1 / std::sqrt(S(case_.width));
+    return {s.queries(rows, Eigen::all).template cast<S>(),
+            s.keys.template cast<S>(),
+            s.values.template cast<S>(),
+            s.grad_out(rows, Eigen::all).template cast<S>(),
+            mask,
+            scale,
+            1 / std::sqrt(scale),
+            {case_.query_heads, case_.key_value_heads}};
+  }
+
+  template <class S>
+  static Matrix<S> reference_forward(Form form, const Sample<S>& s) {
+    if (form == Form::standard) {
+      return reference::attention_forward(s.queries, s.keys, s.values, s.scale, s.heads, s.mask)
+          .out;
+    }
+    const Matrix<S> prior = form == Form::surface
+                                ? Matrix<S>()
+                                : reference::sdpa_log_prior(s.keys, s.bandwidth, s.heads);
+    return reference::project_forward(s.queries, s.keys, s.bandwidth, prior, s.heads, s.mask).out;
+  }
+
+  template <class S>
+  static Gradients<S> reference_backward(Form form, const Sample<S>& s) {
+    if (form == Form::standard) {
+      const auto grad = reference::attention_backward(s.queries, s.keys, s.values, s.scale, s.heads,
+                                                      s.mask, s.grad_out);
+      return {grad.queries, grad.keys, grad.values, {}};
+    }
+    const auto grad = form == Form::surface
+                          ? reference::project_backward(s.queries, s.keys, s.bandwidth, {}, s.heads,
+                                                        s.mask, s.grad_out)
+                          : reference::project_backward_sdpa(s.queries, s.keys, s.bandwidth,
+                                                             s.heads, s.mask, s.grad_out);
+    return {grad.queries, grad.keys, {}, {}};
+  }
+
+  /// |result − exact| ≤ 2·|plain − exact| + rounding, in the largest entry: `plain` is the
+  /// reference in the scalar's own precision.
+  void require_close(const char* what, Form form, const Matrix<Scalar>& result,
+                     const Matrix<Exact>& exact, const Matrix<Plain>& plain) const {
+    const auto largest = [](const auto& matrix) { return double(matrix.cwiseAbs().maxCoeff()); };
+    const double error = largest((result.template cast<Exact>() - exact).eval());
+    const double plain_error =
+        largest((plain.template cast<Scalar>().template cast<Exact>() - exact).eval());
+    const double rounding =
+        8 * double(Eigen::NumTraits<Scalar>::epsilon()) * (largest(exact) + plain_error);
+    if (!(error <= 2 * plain_error + rounding)) {
+      char words[160];
+      std::snprintf(words, sizeof words,
+                    "%s is wrong by %.3g, where plain code in the same precision is by %.3g", what,
+                    error, plain_error);
+      throw std::runtime_error(std::string(case_.name) + " " + name_of(form) + ", mask " +
+                               Mask::name + ": " + words);
+    }
+  }
+
+  void judge_forward(Form form, const Sequence<Scalar>& s) const {
+    require_close("the output", form, s.forward.out(sampled_rows(case_.queries), Eigen::all),
+                  reference_forward(form, sample<Exact>(s)),
+                  reference_forward(form, sample<Plain>(s)));
+  }
+
+  /// The upstream gradient of all but the sampled queries is set to 0 for one run: then they alone
+  /// make up the gradients of keys and values.
+  void judge_backward(Form form, const Work& work) {
+    const std::vector<Index> rows = sampled_rows(case_.queries);
+    std::vector<Matrix<Scalar>> whole;
+    for (Sequence<Scalar>& s : sequences_) {
+      whole.push_back(s.grad_out);
+      Matrix<Scalar> few = Matrix<Scalar>::Zero(s.grad_out.rows(), s.grad_out.cols());
+      for (const Index i : rows) few.row(i) = s.grad_out.row(i);
+      s.grad_out = few;
+    }
+    work();
+    for (std::size_t i = 0; i < whole.size(); ++i) {
+      Sequence<Scalar>& s = sequences_[i];
+      const auto exact = reference_backward(form, sample<Exact>(s));
+      const auto plain = reference_backward(form, sample<Plain>(s));
+      require_close("the queries' gradient", form, s.grad.queries(rows, Eigen::all), exact.queries,
+                    plain.queries);
+      require_close("the keys' gradient", form, s.grad.keys, exact.keys, plain.keys);
+      if (form == Form::standard)
+        require_close("the values' gradient", form, s.grad.values, exact.values, plain.values);
+      s.grad_out = whole[i];
+    }
+  }
+
+  Case case_;
+  Mask mask_;
+  std::vector<Sequence<Scalar>> sequences_;
+};
+
+/// Shapes of practice, by which CPU code for attention is compared: B and C are causal.
+inline const Case shape_a{"A", 1, 8, 8, 1024, 1024, 64};
+inline const Case shape_b{"B", 1, 8, 8, 1024, 1024, 64};
+inline const Case shape_c{"C", 1, 2, 2, 4096, 4096, 128};
+inline const Case shape_d{"D", 1, 8, 8, 1, 16384, 128};
+inline const Case shape_e{"E", 1, 32, 4, 1, 8192, 128};
+inline const Case shape_f{"F", 64, 8, 8, 10, 10, 256};
+inline const Case shape_g{"G", 1, 1, 1, 64, 64, 64};
+
+}  // namespace surfattn::bench
