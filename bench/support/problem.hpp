@@ -383,15 +383,16 @@ class Problem : public std::enable_shared_from_this<Problem<Scalar, Mask>> {
   }
 
   /// |result − exact| ≤ 2·|plain − exact| + rounding, in the largest entry: `plain` is the
-  /// reference in the scalar's own precision.
+  /// reference in the scalar's own precision, and numbers as large as `magnitude` cancel on the way.
   void require_close(const char* what, Form form, const Matrix<Scalar>& result,
-                     const Matrix<Exact>& exact, const Matrix<Plain>& plain) const {
+                     const Matrix<Exact>& exact, const Matrix<Plain>& plain,
+                     double magnitude = 0) const {
     const auto largest = [](const auto& matrix) { return double(matrix.cwiseAbs().maxCoeff()); };
     const double error = largest((result.template cast<Exact>() - exact).eval());
     const double plain_error =
         largest((plain.template cast<Scalar>().template cast<Exact>() - exact).eval());
-    const double rounding =
-        8 * double(Eigen::NumTraits<Scalar>::epsilon()) * (largest(exact) + plain_error);
+    const double rounding = 8 * double(Eigen::NumTraits<Scalar>::epsilon()) * largest(exact) +
+                            8 * double(Eigen::NumTraits<Plain>::epsilon()) * magnitude;
     if (!(error <= 2 * plain_error + rounding)) {
       char words[160];
       std::snprintf(words, sizeof words,
@@ -424,11 +425,15 @@ class Problem : public std::enable_shared_from_this<Problem<Scalar, Mask>> {
       Sequence<Scalar>& s = sequences_[i];
       const auto exact = reference_backward(form, sample<Exact>(s));
       const auto plain = reference_backward(form, sample<Plain>(s));
+      // dP − D cancels; inputs lie in [−1, 1]: β·|dP|·|q| ≤ β·d
+      const double largest = std::sqrt(double(case_.width));
       require_close("the queries' gradient", form, s.grad.queries(rows, Eigen::all), exact.queries,
-                    plain.queries);
-      require_close("the keys' gradient", form, s.grad.keys, exact.keys, plain.keys);
-      if (form == Form::standard)
-        require_close("the values' gradient", form, s.grad.values, exact.values, plain.values);
+                    plain.queries, largest);
+      require_close("the keys' gradient", form, s.grad.keys, exact.keys, plain.keys, largest);
+      if (form == Form::standard) {
+        require_close("the values' gradient", form, s.grad.values, exact.values, plain.values,
+                      largest);
+      }
       s.grad_out = whole[i];
     }
   }
