@@ -10,21 +10,11 @@
 #include <surfattn/surfattn.hpp>
 #include <vector>
 
+#include "case.hpp"
 #include "naive.hpp"
 #include "timing.hpp"
 
 namespace surfattn::bench {
-
-/// `sequences` problems of the same shape, each one call.
-struct Case {
-  const char* name;
-  Index sequences, query_heads, key_value_heads, queries, keys, width;
-};
-
-/// One head, as many queries as keys.
-inline Case square(Index tokens, Index width, Index heads = 1) {
-  return {"", 1, heads, heads, tokens, tokens, width};
-}
 
 // Which keys a query sees: `sees` for the reference, `hide` for naive code, `call` for the library. Positions are aligned at the
 // bottom right.
@@ -148,6 +138,27 @@ inline std::vector<Index> sampled_rows(Index count) {
     for (Index i = 0; i < count; ++i) rows.push_back(i);
   }
   return rows;
+}
+
+/// Throws unless |result − exact| ≤ 2·|plain − exact| + rounding in the largest entry, where `plain` is
+/// the reference in the scalar's own precision, and numbers as large as `magnitude` cancel on the
+/// way.
+template <class Scalar, class Exact, class Plain>
+void require_close(const std::string& what, const Matrix<Scalar>& result,
+                   const Matrix<Exact>& exact, const Matrix<Plain>& plain, double magnitude = 0) {
+  const auto largest = [](const auto& matrix) { return double(matrix.cwiseAbs().maxCoeff()); };
+  const double error = largest((result.template cast<Exact>() - exact).eval());
+  const double plain_error =
+      largest((plain.template cast<Scalar>().template cast<Exact>() - exact).eval());
+  const double rounding = 8 * double(Eigen::NumTraits<Scalar>::epsilon()) * largest(exact) +
+                          8 * double(Eigen::NumTraits<Plain>::epsilon()) * magnitude;
+  if (!(error <= 2 * plain_error + rounding)) {
+    char words[120];
+    std::snprintf(words, sizeof words,
+                  " is wrong by %.3g, where plain code in the same precision is by %.3g", error,
+                  plain_error);
+    throw std::runtime_error(what + words);
+  }
 }
 
 template <class Scalar, class Mask = NoMask>
@@ -382,29 +393,13 @@ class Problem : public std::enable_shared_from_this<Problem<Scalar, Mask>> {
     return {grad.queries, grad.keys, {}, {}};
   }
 
-  /// |result − exact| ≤ 2·|plain − exact| + rounding, in the largest entry: `plain` is the
-  /// reference in the scalar's own precision, and numbers as large as `magnitude` cancel on the way.
-  void require_close(const char* what, Form form, const Matrix<Scalar>& result,
-                     const Matrix<Exact>& exact, const Matrix<Plain>& plain,
-                     double magnitude = 0) const {
-    const auto largest = [](const auto& matrix) { return double(matrix.cwiseAbs().maxCoeff()); };
-    const double error = largest((result.template cast<Exact>() - exact).eval());
-    const double plain_error =
-        largest((plain.template cast<Scalar>().template cast<Exact>() - exact).eval());
-    const double rounding = 8 * double(Eigen::NumTraits<Scalar>::epsilon()) * largest(exact) +
-                            8 * double(Eigen::NumTraits<Plain>::epsilon()) * magnitude;
-    if (!(error <= 2 * plain_error + rounding)) {
-      char words[160];
-      std::snprintf(words, sizeof words,
-                    "%s is wrong by %.3g, where plain code in the same precision is by %.3g", what,
-                    error, plain_error);
-      throw std::runtime_error(std::string(case_.name) + " " + name_of(form) + ", mask " +
-                               Mask::name + ": " + words);
-    }
+  std::string described(const char* what, Form form) const {
+    return std::string(case_.name) + " " + name_of(form) + ", mask " + Mask::name + ": " + what;
   }
 
   void judge_forward(Form form, const Sequence<Scalar>& s) const {
-    require_close("the output", form, s.forward.out(sampled_rows(case_.queries), Eigen::all),
+    require_close(described("the output", form),
+                  Matrix<Scalar>(s.forward.out(sampled_rows(case_.queries), Eigen::all)),
                   reference_forward(form, sample<Exact>(s)),
                   reference_forward(form, sample<Plain>(s)));
   }
@@ -427,12 +422,14 @@ class Problem : public std::enable_shared_from_this<Problem<Scalar, Mask>> {
       const auto plain = reference_backward(form, sample<Plain>(s));
       // dP − D cancels; inputs lie in [−1, 1]: β·|dP|·|q| ≤ β·d
       const double largest = std::sqrt(double(case_.width));
-      require_close("the queries' gradient", form, s.grad.queries(rows, Eigen::all), exact.queries,
-                    plain.queries, largest);
-      require_close("the keys' gradient", form, s.grad.keys, exact.keys, plain.keys, largest);
+      require_close(described("the queries' gradient", form),
+                    Matrix<Scalar>(s.grad.queries(rows, Eigen::all)), exact.queries, plain.queries,
+                    largest);
+      require_close(described("the keys' gradient", form), s.grad.keys, exact.keys, plain.keys,
+                    largest);
       if (form == Form::standard) {
-        require_close("the values' gradient", form, s.grad.values, exact.values, plain.values,
-                      largest);
+        require_close(described("the values' gradient", form), s.grad.values, exact.values,
+                      plain.values, largest);
       }
       s.grad_out = whole[i];
     }
@@ -442,14 +439,5 @@ class Problem : public std::enable_shared_from_this<Problem<Scalar, Mask>> {
   Mask mask_;
   std::vector<Sequence<Scalar>> sequences_;
 };
-
-/// Shapes of practice, by which CPU code for attention is compared: B and C are causal.
-inline const Case shape_a{"A", 1, 8, 8, 1024, 1024, 64};
-inline const Case shape_b{"B", 1, 8, 8, 1024, 1024, 64};
-inline const Case shape_c{"C", 1, 2, 2, 4096, 4096, 128};
-inline const Case shape_d{"D", 1, 8, 8, 1, 16384, 128};
-inline const Case shape_e{"E", 1, 32, 4, 1, 8192, 128};
-inline const Case shape_f{"F", 64, 8, 8, 10, 10, 256};
-inline const Case shape_g{"G", 1, 1, 1, 64, 64, 64};
 
 }  // namespace surfattn::bench
