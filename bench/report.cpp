@@ -109,10 +109,14 @@ struct Contest {
 template <class Mask>
 PeerCall peer_call(Problem<float, Mask>& p, int threads) {
   PeerCall call{p.shape(), std::is_same_v<Mask, CausalMask>, threads, {}};
-  for (auto& s : p.sequences()) {
-    call.sequences.push_back({s.queries.data(), s.keys.data(), s.values.data(),
-                              s.forward.out.data(), s.grad_out.data(), s.grad.queries.data(),
-                              s.grad.keys.data(), s.grad.values.data()});
+  auto& d = p.data();
+  for (Index sequence = 0; sequence < call.shape.sequences; ++sequence) {
+    const Index query = sequence * call.shape.queries * d.queries.cols();
+    const Index key = sequence * call.shape.keys * d.keys.cols();
+    call.sequences.push_back({d.queries.data() + query, d.keys.data() + key, d.values.data() + key,
+                              d.forward.out.data() + query, d.grad_out.data() + query,
+                              d.grad.queries.data() + query, d.grad.keys.data() + key,
+                              d.grad.values.data() + key});
   }
   return call;
 }

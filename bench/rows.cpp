@@ -81,7 +81,7 @@ Executor& two_threads() {
 template <class Scalar>
 Work reading(const std::shared_ptr<Problem<Scalar>>& p, Executor* executor) {
   return [=] {
-    for (const auto* matrix : {&p->sequences().front().keys, &p->sequences().front().values}) {
+    for (const auto* matrix : {&p->data().keys, &p->data().values}) {
       const Index half = matrix->size() / 2;
       if (!executor) {
         run_read_loop(matrix->data(), matrix->size());

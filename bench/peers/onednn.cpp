@@ -1,10 +1,10 @@
 #include <omp.h>
 
+#include <algorithm>
 #include <cmath>
 #include <dnnl.hpp>
 #include <limits>
 #include <memory>
-#include <unordered_map>
 
 #include "../support/peers.hpp"
 
@@ -13,67 +13,60 @@ namespace {
 
 using dnnl::memory;
 
-memory::desc batch(Index heads, Index rows, Index cols, Index head_stride, Index row_stride,
-                   bool transposed = false) {
-  if (transposed)
-    return {{heads, cols, rows}, memory::data_type::f32, {head_stride, 1, row_stride}};
-  return {{heads, rows, cols}, memory::data_type::f32, {head_stride, row_stride, 1}};
-}
-
-/// The three primitives for one sequence, and the memory of scores that all sequences share.
+/// The primitives for one head, and the memory of its scores. Over a batch of heads that lie side by
+/// side in a row, oneDNN would fall back to plain loops.
 struct Attention {
+  Case shape;
+  bool causal;
+  Index heads, rows, q_offset, q_stride;  // one query of all heads that share keys: their rows
   dnnl::engine engine{dnnl::engine::kind::cpu, 0};
   dnnl::stream stream{engine};
-  memory::desc q, k, v, out, scores, mask;
+  memory::desc q, k, v, scores;
   dnnl::matmul product, output;
   dnnl::softmax_forward softmax;
-  memory score_memory, mask_memory;
+  memory score_memory;
 
-  explicit Attention(const PeerCall& call) {
-    const Case& c = call.shape;
-    const Index d = c.width, group = c.query_heads / c.key_value_heads;
-    // with one query, the heads that share a key head are the rows of one matrix
-    const Index heads = group > 1 ? c.key_value_heads : c.query_heads;
-    const Index rows = group > 1 ? group : c.queries;
-    const Index head_stride = group > 1 ? group * d : d, row_stride = group > 1 ? d : heads * d;
-    q = out = batch(heads, rows, d, head_stride, row_stride);
-    k = batch(heads, c.keys, d, d, heads * d, true);
-    v = batch(heads, c.keys, d, d, heads * d);
-    scores = batch(heads, rows, c.keys, rows * c.keys, c.keys);
-    mask = {{1, rows, c.keys}, memory::data_type::f32, memory::format_tag::abc};
+  explicit Attention(const PeerCall& call) : shape(call.shape), causal(call.causal) {
+    const Index d = shape.width, group = shape.query_heads / shape.key_value_heads;
+    heads = group > 1 ? shape.key_value_heads : shape.query_heads;
+    rows = group > 1 ? group : shape.queries;
+    q_offset = group > 1 ? group * d : d;
+    q_stride = group > 1 ? d : heads * d;
+    const auto f32 = memory::data_type::f32;
+    q = memory::desc({rows, d}, f32, {q_stride, 1});
+    k = memory::desc({d, shape.keys}, f32, {1, heads * d});
+    v = memory::desc({shape.keys, d}, f32, {heads * d, 1});
+    scores = memory::desc({rows, shape.keys}, f32, memory::format_tag::ab);
     score_memory = memory(scores, engine);
-    mask_memory = memory(mask, engine);
-    float* const hidden = static_cast<float*>(mask_memory.get_data_handle());
-    for (Index i = 0; i < rows; ++i)
-      for (Index j = 0; j < c.keys; ++j)
-        hidden[i * c.keys + j] = call.causal && j > i + c.keys - c.queries
-                                     ? -std::numeric_limits<float>::infinity()
-                                     : 0.0f;
     dnnl::primitive_attr scaled;
     scaled.set_output_scales(0, {1 / std::sqrt(float(d))});
-    if (call.causal) {
-      dnnl::post_ops add_mask;
-      add_mask.append_binary(dnnl::algorithm::binary_add, mask);
-      scaled.set_post_ops(add_mask);
-    }
     product = dnnl::matmul({dnnl::matmul::desc(q, k, scores), scaled, engine});
     softmax = dnnl::softmax_forward(
-        {dnnl::softmax_forward::desc(dnnl::prop_kind::forward_inference, scores, 2), engine});
-    output = dnnl::matmul({dnnl::matmul::desc(scores, v, out), engine});
+        {dnnl::softmax_forward::desc(dnnl::prop_kind::forward_inference, scores, 1), engine});
+    output = dnnl::matmul({dnnl::matmul::desc(scores, v, q), engine});
   }
 
   void run(const Arrays& a) {
-    std::unordered_map<int, memory> arguments{
-        {DNNL_ARG_SRC, memory(q, engine, a.queries)},
-        {DNNL_ARG_WEIGHTS, memory(k, engine, a.keys)},
-        {DNNL_ARG_DST, score_memory},
-        {DNNL_ARG_ATTR_MULTIPLE_POST_OP(0) | DNNL_ARG_SRC_1, mask_memory}};
-    product.execute(stream, arguments);
-    softmax.execute(stream, {{DNNL_ARG_SRC, score_memory}, {DNNL_ARG_DST, score_memory}});
-    output.execute(stream, {{DNNL_ARG_SRC, score_memory},
-                            {DNNL_ARG_WEIGHTS, memory(v, engine, a.values)},
-                            {DNNL_ARG_DST, memory(out, engine, a.out)}});
-    stream.wait();
+    for (Index h = 0; h < heads; ++h) {
+      const Index key = h * shape.width;
+      product.execute(stream, {{DNNL_ARG_SRC, memory(q, engine, a.queries + h * q_offset)},
+                               {DNNL_ARG_WEIGHTS, memory(k, engine, a.keys + key)},
+                               {DNNL_ARG_DST, score_memory}});
+      if (causal) hide();
+      softmax.execute(stream, {{DNNL_ARG_SRC, score_memory}, {DNNL_ARG_DST, score_memory}});
+      output.execute(stream, {{DNNL_ARG_SRC, score_memory},
+                              {DNNL_ARG_WEIGHTS, memory(v, engine, a.values + key)},
+                              {DNNL_ARG_DST, memory(q, engine, a.out + h * q_offset)}});
+    }
+  }
+
+  void hide() {
+    float* const numbers = static_cast<float*>(score_memory.get_data_handle());
+    for (Index i = 0; i < rows; ++i) {
+      const Index seen = i + 1 + shape.keys - shape.queries;
+      std::fill(numbers + i * shape.keys + seen, numbers + (i + 1) * shape.keys,
+                -std::numeric_limits<float>::infinity());
+    }
   }
 };
 
@@ -85,6 +78,7 @@ Work onednn_forward(const PeerCall& call) {
   return [=] {
     omp_set_num_threads(call.threads);
     for (const Arrays& a : call.sequences) attention->run(a);
+    attention->stream.wait();
   };
 }
 

@@ -121,8 +121,9 @@ struct Gradients {
   Scalar bandwidth{};
 };
 
+/// The sequences lie one below the other.
 template <class Scalar>
-struct Sequence {
+struct Data {
   Matrix<Scalar> queries, keys, values, grad_out;
   Forward<Scalar> forward;
   Gradients<Scalar> grad;
@@ -169,7 +170,7 @@ class Problem : public std::enable_shared_from_this<Problem<Scalar, Mask>> {
   }
 
   const Case& shape() const { return case_; }
-  std::vector<Sequence<Scalar>>& sequences() { return sequences_; }
+  Data<Scalar>& data() { return data_; }
 
   /// The forward pass of the library, into the problem's outputs, judged before it is returned.
   Work forward(Form form, Executor* executor = nullptr) {
@@ -184,8 +185,10 @@ class Problem : public std::enable_shared_from_this<Problem<Scalar, Mask>> {
 
   Work naive_forward() {
     return judged(Form::standard, Pass::forward, [self = this->shared_from_this()] {
-      self->each_head([&](Sequence<Scalar>&, Index, auto q, auto k, auto v, auto out) {
-        out = naive_attention(q, k, v, self->hide());
+      self->each_head([&](const Head& head) {
+        self->block(head, self->data_.forward.out) = naive_attention(
+            self->block(head, self->data_.queries), self->shared_block(head, self->data_.keys),
+            self->shared_block(head, self->data_.values), self->hide());
       });
     });
   }
@@ -193,10 +196,12 @@ class Problem : public std::enable_shared_from_this<Problem<Scalar, Mask>> {
   /// The same, and the weights are kept for naive_backward.
   Work naive_forward_with_weights() {
     return judged(Form::standard, Pass::forward, [self = this->shared_from_this()] {
-      self->each_head([&](Sequence<Scalar>& s, Index head, auto q, auto k, auto v, auto out) {
-        auto& weights = s.weights[std::size_t(head)];
-        weights = naive_weights(q, k, self->hide());
-        out.noalias() = weights * v;
+      self->each_head([&](const Head& head) {
+        Matrix<Scalar>& weights = self->data_.weights[std::size_t(head.number)];
+        weights = naive_weights(self->block(head, self->data_.queries),
+                                self->shared_block(head, self->data_.keys), self->hide());
+        self->block(head, self->data_.forward.out).noalias() =
+            weights * self->shared_block(head, self->data_.values);
       });
     });
   }
@@ -205,11 +210,14 @@ class Problem : public std::enable_shared_from_this<Problem<Scalar, Mask>> {
   Work naive_backward() {
     naive_forward_with_weights();
     return judged(Form::standard, Pass::backward, [self = this->shared_from_this()] {
-      const Index d = self->case_.width;
-      self->each_head([&](Sequence<Scalar>& s, Index h, auto q, auto k, auto v, auto out) {
-        bench::naive_backward(s.weights[std::size_t(h)], q, k, v, out,
-                              s.grad_out.middleCols(h * d, d), s.grad.queries.middleCols(h * d, d),
-                              s.grad.keys.middleCols(h * d, d), s.grad.values.middleCols(h * d, d));
+      self->each_head([&](const Head& head) {
+        const auto of = [&](auto& matrix) { return self->block(head, matrix); };
+        const auto shared = [&](auto& matrix) { return self->shared_block(head, matrix); };
+        Data<Scalar>& data = self->data_;
+        bench::naive_backward(data.weights[std::size_t(head.number)], of(data.queries),
+                              shared(data.keys), shared(data.values), of(data.forward.out),
+                              of(data.grad_out), of(data.grad.queries), shared(data.grad.keys),
+                              shared(data.grad.values));
       });
     });
   }
@@ -218,7 +226,7 @@ class Problem : public std::enable_shared_from_this<Problem<Scalar, Mask>> {
   Work judged(Form form, Pass pass, Work work) {
     if (pass == Pass::forward) {
       work();
-      for (Sequence<Scalar>& s : sequences_) judge_forward(form, s);
+      judge_forward(form);
     } else {
       judge_backward(form, work);
     }
@@ -257,38 +265,46 @@ class Problem : public std::enable_shared_from_this<Problem<Scalar, Mask>> {
       return Matrix<float>::Random(rows, cols).template cast<Scalar>();
     };
     const Index query_cols = c.query_heads * c.width, key_cols = c.key_value_heads * c.width;
-    for (Index i = 0; i < c.sequences; ++i) {
-      Sequence<Scalar>& s = sequences_.emplace_back();
-      s.queries = random(c.queries, query_cols);
-      s.keys = random(c.keys, key_cols);
-      s.values = random(c.keys, key_cols);
-      s.grad_out = random(c.queries, query_cols);
-      s.forward.out.setZero(c.queries, query_cols);
-      s.forward.log_sum_exp.setZero(c.queries, c.query_heads);
-      s.grad = {Matrix<Scalar>::Zero(c.queries, query_cols), Matrix<Scalar>::Zero(c.keys, key_cols),
-                Matrix<Scalar>::Zero(c.keys, key_cols),
-                Matrix<Scalar>::Zero(c.keys, c.key_value_heads)};
-      s.weights.resize(std::size_t(c.query_heads));
-    }
+    const Index queries = c.sequences * c.queries, keys = c.sequences * c.keys;
+    data_.queries = random(queries, query_cols);
+    data_.keys = random(keys, key_cols);
+    data_.values = random(keys, key_cols);
+    data_.grad_out = random(queries, query_cols);
+    data_.forward.out.setZero(queries, query_cols);
+    data_.forward.log_sum_exp.setZero(queries, c.query_heads);
+    data_.grad = {Matrix<Scalar>::Zero(queries, query_cols), Matrix<Scalar>::Zero(keys, key_cols),
+                  Matrix<Scalar>::Zero(keys, key_cols),
+                  Matrix<Scalar>::Zero(keys, c.key_value_heads)};
+    data_.weights.resize(std::size_t(c.sequences * c.query_heads));
   }
 
-  Index key_head(Index head) const { return head / (case_.query_heads / case_.key_value_heads); }
   Heads heads() const { return {.query = case_.query_heads, .key_value = case_.key_value_heads}; }
+  Sequences sequences() const { return Sequences::equal(case_.sequences); }
 
   auto hide() const {
     return [this](Matrix<Scalar>& scores) { mask_.hide(scores, case_); };
   }
 
+  /// One query head of one sequence.
+  struct Head {
+    Index sequence, head, number;
+  };
+
   template <class Call>
-  void each_head(const Call& call) {
-    const Index d = case_.width;
-    for (Sequence<Scalar>& s : sequences_) {
-      for (Index h = 0; h < case_.query_heads; ++h) {
-        const Index shared = key_head(h) * d;
-        call(s, h, s.queries.middleCols(h * d, d), s.keys.middleCols(shared, d),
-             s.values.middleCols(shared, d), s.forward.out.middleCols(h * d, d));
-      }
-    }
+  void each_head(const Call& call) const {
+    for (Index s = 0; s < case_.sequences; ++s)
+      for (Index h = 0; h < case_.query_heads; ++h) call(Head{s, h, s * case_.query_heads + h});
+  }
+
+  auto block(const Head& head, Matrix<Scalar>& of_queries) const {
+    return of_queries.block(head.sequence * case_.queries, head.head * case_.width, case_.queries,
+                            case_.width);
+  }
+
+  /// Of keys or values, which query heads share.
+  auto shared_block(const Head& head, Matrix<Scalar>& of_keys) const {
+    const Index shared = head.head / (case_.query_heads / case_.key_value_heads);
+    return of_keys.block(head.sequence * case_.keys, shared * case_.width, case_.keys, case_.width);
   }
 
   Work unjudged(Form form, Pass pass, Executor* executor) {
@@ -296,23 +312,21 @@ class Problem : public std::enable_shared_from_this<Problem<Scalar, Mask>> {
   }
 
   Work standard(Pass pass, Executor* executor) {
-    const Options options{.heads = heads(), .executor = executor};
-    const Sequence<Scalar>& first = sequences_.front();
+    const Options options{.heads = heads(), .executor = executor, .sequences = sequences()};
     const auto workspace = std::make_shared<Workspace>(
-        workspace_size(pass, first.queries, first.keys, first.values, options));
+        workspace_size(pass, data_.queries, data_.keys, data_.values, options));
     return [=, self = this->shared_from_this()] {
-      for (Sequence<Scalar>& s : self->sequences_) {
-        self->mask_.call(self->case_, [&](const auto&... terms) {
-          if (pass == Pass::forward) {
-            attention_forward_into(s.queries, s.keys, s.values, s.forward.out,
-                                   s.forward.log_sum_exp, *workspace, options, terms...);
-          } else {
-            attention_backward_into(s.queries, s.keys, s.values, s.forward.out,
-                                    s.forward.log_sum_exp, s.grad_out, s.grad.queries, s.grad.keys,
-                                    s.grad.values, *workspace, options, terms...);
-          }
-        });
-      }
+      Data<Scalar>& d = self->data_;
+      self->mask_.call(self->case_, [&](const auto&... terms) {
+        if (pass == Pass::forward) {
+          attention_forward_into(d.queries, d.keys, d.values, d.forward.out, d.forward.log_sum_exp,
+                                 *workspace, options, terms...);
+        } else {
+          attention_backward_into(d.queries, d.keys, d.values, d.forward.out, d.forward.log_sum_exp,
+                                  d.grad_out, d.grad.queries, d.grad.keys, d.grad.values,
+                                  *workspace, options, terms...);
+        }
+      });
     };
   }
 
@@ -320,23 +334,22 @@ class Problem : public std::enable_shared_from_this<Problem<Scalar, Mask>> {
     const SurfaceOptions options{
         .heads = heads(),
         .executor = executor,
+        .sequences = sequences(),
         .prior = form == Form::surface ? KeyPrior::uniform : KeyPrior::sdpa};
-    const Sequence<Scalar>& first = sequences_.front();
     const auto workspace =
-        std::make_shared<Workspace>(workspace_size(pass, first.queries, first.keys, options));
+        std::make_shared<Workspace>(workspace_size(pass, data_.queries, data_.keys, options));
     return [=, self = this->shared_from_this()] {
-      for (Sequence<Scalar>& s : self->sequences_) {
-        self->mask_.call(self->case_, [&](const auto&... terms) {
-          if (pass == Pass::forward) {
-            project_forward_into(s.queries, s.keys, s.forward.out, s.forward.log_sum_exp,
-                                 *workspace, options, terms...);
-          } else {
-            project_backward_into(s.queries, s.keys, s.forward.out, s.forward.log_sum_exp,
-                                  s.grad_out, s.grad.queries, s.grad.keys, s.grad.bandwidth,
-                                  s.grad.log_prior, *workspace, options, terms...);
-          }
-        });
-      }
+      Data<Scalar>& d = self->data_;
+      self->mask_.call(self->case_, [&](const auto&... terms) {
+        if (pass == Pass::forward) {
+          project_forward_into(d.queries, d.keys, d.forward.out, d.forward.log_sum_exp, *workspace,
+                               options, terms...);
+        } else {
+          project_backward_into(d.queries, d.keys, d.forward.out, d.forward.log_sum_exp, d.grad_out,
+                                d.grad.queries, d.grad.keys, d.grad.bandwidth, d.grad.log_prior,
+                                *workspace, options, terms...);
+        }
+      });
     };
   }
 
@@ -349,17 +362,28 @@ class Problem : public std::enable_shared_from_this<Problem<Scalar, Mask>> {
     reference::Heads heads;
   };
 
+  /// The sampled rows of a sequence, in the whole batch.
+  std::vector<Index> rows_of(Index sequence) const {
+    std::vector<Index> rows = sampled_rows(case_.queries);
+    for (Index& row : rows) row += sequence * case_.queries;
+    return rows;
+  }
+
+  Matrix<Scalar> keys_of(Index sequence, const Matrix<Scalar>& matrix) const {
+    return matrix.middleRows(sequence * case_.keys, case_.keys);
+  }
+
   template <class S>
-  Sample<S> sample(const Sequence<Scalar>& s) const {
-    const std::vector<Index> rows = sampled_rows(case_.queries);
+  Sample<S> sample(Index sequence) const {
+    const std::vector<Index> rows = sampled_rows(case_.queries), in_batch = rows_of(sequence);
     const auto mask = reference::Mask::NullaryExpr(
         Index(rows.size()), case_.keys,
         [&](Index i, Index j) { return mask_.sees(rows[std::size_t(i)], j, case_); });
     const S scale = 1 / std::sqrt(S(case_.width));
-    return {s.queries(rows, Eigen::all).template cast<S>(),
-            s.keys.template cast<S>(),
-            s.values.template cast<S>(),
-            s.grad_out(rows, Eigen::all).template cast<S>(),
+    return {data_.queries(in_batch, Eigen::all).template cast<S>(),
+            keys_of(sequence, data_.keys).template cast<S>(),
+            keys_of(sequence, data_.values).template cast<S>(),
+            data_.grad_out(in_batch, Eigen::all).template cast<S>(),
             mask,
             scale,
             1 / std::sqrt(scale),
@@ -397,47 +421,46 @@ class Problem : public std::enable_shared_from_this<Problem<Scalar, Mask>> {
     return std::string(case_.name) + " " + name_of(form) + ", mask " + Mask::name + ": " + what;
   }
 
-  void judge_forward(Form form, const Sequence<Scalar>& s) const {
-    require_close(described("the output", form),
-                  Matrix<Scalar>(s.forward.out(sampled_rows(case_.queries), Eigen::all)),
-                  reference_forward(form, sample<Exact>(s)),
-                  reference_forward(form, sample<Plain>(s)));
+  void judge_forward(Form form) const {
+    for (Index sequence = 0; sequence < case_.sequences; ++sequence) {
+      require_close(described("the output", form),
+                    Matrix<Scalar>(data_.forward.out(rows_of(sequence), Eigen::all)),
+                    reference_forward(form, sample<Exact>(sequence)),
+                    reference_forward(form, sample<Plain>(sequence)));
+    }
   }
 
   /// The upstream gradient of all but the sampled queries is set to 0 for one run: then they alone
   /// make up the gradients of keys and values.
   void judge_backward(Form form, const Work& work) {
-    const std::vector<Index> rows = sampled_rows(case_.queries);
-    std::vector<Matrix<Scalar>> whole;
-    for (Sequence<Scalar>& s : sequences_) {
-      whole.push_back(s.grad_out);
-      Matrix<Scalar> few = Matrix<Scalar>::Zero(s.grad_out.rows(), s.grad_out.cols());
-      for (const Index i : rows) few.row(i) = s.grad_out.row(i);
-      s.grad_out = few;
-    }
+    const Matrix<Scalar> whole = data_.grad_out;
+    data_.grad_out.setZero();
+    for (Index sequence = 0; sequence < case_.sequences; ++sequence)
+      for (const Index row : rows_of(sequence)) data_.grad_out.row(row) = whole.row(row);
     work();
-    for (std::size_t i = 0; i < whole.size(); ++i) {
-      Sequence<Scalar>& s = sequences_[i];
-      const auto exact = reference_backward(form, sample<Exact>(s));
-      const auto plain = reference_backward(form, sample<Plain>(s));
-      // dP − D cancels; inputs lie in [−1, 1]: β·|dP|·|q| ≤ β·d
-      const double largest = std::sqrt(double(case_.width));
-      require_close(described("the queries' gradient", form),
-                    Matrix<Scalar>(s.grad.queries(rows, Eigen::all)), exact.queries, plain.queries,
-                    largest);
-      require_close(described("the keys' gradient", form), s.grad.keys, exact.keys, plain.keys,
-                    largest);
-      if (form == Form::standard) {
-        require_close(described("the values' gradient", form), s.grad.values, exact.values,
-                      plain.values, largest);
-      }
-      s.grad_out = whole[i];
-    }
+    for (Index sequence = 0; sequence < case_.sequences; ++sequence)
+      judge_gradients(form, sequence);
+    data_.grad_out = whole;
+  }
+
+  void judge_gradients(Form form, Index sequence) const {
+    const auto exact = reference_backward(form, sample<Exact>(sequence));
+    const auto plain = reference_backward(form, sample<Plain>(sequence));
+    // dP − D cancels; inputs lie in [−1, 1]: β·|dP|·|q| ≤ β·d
+    const double largest = std::sqrt(double(case_.width));
+    require_close(described("the queries' gradient", form),
+                  Matrix<Scalar>(data_.grad.queries(rows_of(sequence), Eigen::all)), exact.queries,
+                  plain.queries, largest);
+    require_close(described("the keys' gradient", form), keys_of(sequence, data_.grad.keys),
+                  exact.keys, plain.keys, largest);
+    if (form != Form::standard) return;
+    require_close(described("the values' gradient", form), keys_of(sequence, data_.grad.values),
+                  exact.values, plain.values, largest);
   }
 
   Case case_;
   Mask mask_;
-  std::vector<Sequence<Scalar>> sequences_;
+  Data<Scalar> data_;
 };
 
 }  // namespace surfattn::bench

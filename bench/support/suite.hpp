@@ -105,8 +105,7 @@ Measurement measure(const Case& c, Pass pass, Code code, bool is_decoding) {
   const Work work = code == Code::naive ? (forward ? p->naive_forward() : p->naive_backward())
                                         : (forward ? p->forward(form) : p->backward(form));
   const double flops = p->flops(pass), bytes = p->bytes(form, pass);
-  if (is_decoding)
-    return limited_by_reading<Scalar>(work, flops, bytes, p->sequences().front().keys);
+  if (is_decoding) return limited_by_reading<Scalar>(work, flops, bytes, p->data().keys);
   return limited_by_arithmetic<Scalar>(work, flops, bytes);
 }
 
@@ -146,7 +145,7 @@ void add_fixed_size(const std::string& scalar) {
   for (const Code code : {Code::naive, Code::standard}) {
     add("small/" + scalar + "/" + code_names[int(code)] + "/none/16x16_fixed_size", [code] {
       const auto p = Problem<Scalar>::make(square(tokens, width));
-      auto& s = p->sequences().front();
+      const auto& s = p->data();
       const auto fixed = std::make_shared<Fixed>(Fixed{s.queries, s.keys, s.values, {}});
       const auto workspace =
           std::make_shared<Workspace>(workspace_size(Pass::forward, fixed->q, fixed->k, fixed->v));
@@ -159,7 +158,7 @@ void add_fixed_size(const std::string& scalar) {
       };
       p->judged(Form::standard, Pass::forward, [=] {
         work();
-        p->sequences().front().forward.out = fixed->out;
+        p->data().forward.out = fixed->out;
       });
       return limited_by_arithmetic<Scalar>(work, p->flops(Pass::forward),
                                            p->bytes(Form::standard, Pass::forward));
