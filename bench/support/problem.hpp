@@ -117,8 +117,9 @@ inline const char* name_of(Form form) {
 
 template <class Scalar>
 struct Gradients {
-  Matrix<Scalar> queries, keys, values, log_prior;
-  Scalar bandwidth{};
+  Matrix<Scalar> queries, keys, values;
+  Matrix<accumulator_t<Scalar>> log_prior;
+  accumulator_t<Scalar> bandwidth{};
 };
 
 /// The sequences lie one below the other.
@@ -274,7 +275,7 @@ class Problem : public std::enable_shared_from_this<Problem<Scalar, Mask>> {
     data_.forward.log_sum_exp.setZero(queries, c.query_heads);
     data_.grad = {Matrix<Scalar>::Zero(queries, query_cols), Matrix<Scalar>::Zero(keys, key_cols),
                   Matrix<Scalar>::Zero(keys, key_cols),
-                  Matrix<Scalar>::Zero(keys, c.key_value_heads)};
+                  Matrix<accumulator_t<Scalar>>::Zero(keys, c.key_value_heads)};
     data_.weights.resize(std::size_t(c.sequences * c.query_heads));
   }
 
