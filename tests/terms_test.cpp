@@ -343,3 +343,19 @@ TEST_CASE("the gradient of cumulative log gates goes back to the gates") {
         Approx(log_gate_gradient(upstream).cwiseProduct(other).sum()).epsilon(1e-13));
   CHECK(cumulative_log_gates(gates).row(0) == gates.row(0));
 }
+
+TEST_CASE("a gradient that many heads add to has the same bits on any number of threads") {
+  std::mt19937_64 random = seeded_random();
+  const Problem<float> p({400, 300, 2, 2, 8, 8}, random);
+  const auto bias = random_matrix<float>(400, 300, random);
+  ThreadPool pool(4);
+  const auto gradient = [&](Executor* executor) {
+    const Options options{.heads = p.heads, .executor = executor};
+    const auto f = attention_forward(p.queries, p.keys, p.values, options, AdditiveBias{bias});
+    return std::get<0>(
+        attention_backward(p.queries, p.keys, p.values, f, p.grad_out, options, AdditiveBias{bias})
+            .terms);
+  };
+  const auto alone = gradient(nullptr);
+  for (int n = 0; n < 20; ++n) CHECK(same_bits(alone, gradient(&pool)));
+}

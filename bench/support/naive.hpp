@@ -1,4 +1,5 @@
-// Attention as Eigen code is written by hand, to compare with.
+// Attention as Eigen code is written by hand, to compare with: all scores stored, the product first and then the scale in
+// place. One head; for several, blocks of columns.
 #pragma once
 
 #include <cmath>
@@ -7,41 +8,42 @@
 
 namespace surfattn::bench {
 
-/// softmax(β·Q·Kᵀ)·V for one head: all scores stored, the product first and then the scale in
-/// place. `causal` hides the keys j > i + Tk − Tq.
-template <class Queries, class Keys, class Values>
-Matrix<typename Queries::Scalar> naive_attention(const Queries& q, const Keys& k, const Values& v,
-                                                 bool causal = false) {
+/// W = softmax(β·Q·Kᵀ), with β = 1/√d. `hide(scores)` sets the scores of hidden pairs to −∞.
+template <class Queries, class Keys, class Hide>
+Matrix<typename Queries::Scalar> naive_weights(const Queries& q, const Keys& k, const Hide& hide) {
   using Scalar = typename Queries::Scalar;
   Matrix<Scalar> scores(q.rows(), k.rows());
   scores.noalias() = q * k.transpose();
-  scores *= 1 / std::sqrt(Scalar(q.cols()));
-  if (causal) {
-    for (Index i = 0; i < scores.rows(); ++i) {
-      const Index seen = i + 1 + k.rows() - q.rows();
-      scores.row(i).tail(k.rows() - seen).setConstant(-std::numeric_limits<Scalar>::infinity());
-    }
-  }
+  scores *= Scalar(1 / std::sqrt(double(q.cols())));
+  hide(scores);
   scores = (scores.colwise() - scores.rowwise().maxCoeff()).array().exp();
   scores.array().colwise() /= scores.rowwise().sum().array();
-  Matrix<Scalar> out(q.rows(), v.cols());
-  out.noalias() = scores * v;
+  return scores;
+}
+
+/// O = W·V, and nothing kept of the scores.
+template <class Queries, class Keys, class Values, class Hide>
+Matrix<typename Queries::Scalar> naive_attention(const Queries& q, const Keys& k, const Values& v,
+                                                 const Hide& hide) {
+  Matrix<typename Queries::Scalar> out(q.rows(), v.cols());
+  out.noalias() = naive_weights(q, k, hide) * v;
   return out;
 }
 
-/// The same for several heads side by side, query head h reading key/value head h / (query heads / key/value heads).
-template <class Scalar>
-Matrix<Scalar> naive_attention(const Matrix<Scalar>& q, const Matrix<Scalar>& k,
-                               const Matrix<Scalar>& v, Index query_heads, Index key_value_heads,
-                               bool causal = false) {
-  const Index d = q.cols() / query_heads, dv = v.cols() / key_value_heads;
-  Matrix<Scalar> out(q.rows(), query_heads * dv);
-  for (Index h = 0; h < query_heads; ++h) {
-    const Index shared = h / (query_heads / key_value_heads);
-    out.middleCols(h * dv, dv) = naive_attention(
-        q.middleCols(h * d, d), k.middleCols(shared * d, d), v.middleCols(shared * dv, dv), causal);
-  }
-  return out;
+/// dV = Wᵀ·dO, dP = dO·Vᵀ, dS = W∘(dP − dO·O), dQ = β·dS·K, dK = β·dSᵀ·Q, with W kept from the
+/// forward pass.
+template <class Scalar, class Queries, class Keys, class Values, class Out, class GradOut,
+          class GradQueries, class GradKeys, class GradValues>
+void naive_backward(const Matrix<Scalar>& weights, const Queries& q, const Keys& k, const Values& v,
+                    const Out& out, const GradOut& grad_out, GradQueries&& grad_queries,
+                    GradKeys&& grad_keys, GradValues&& grad_values) {
+  grad_values.noalias() = weights.transpose() * grad_out;
+  Matrix<Scalar> grad_scores(weights.rows(), weights.cols());
+  grad_scores.noalias() = grad_out * v.transpose();
+  grad_scores.colwise() -= grad_out.cwiseProduct(out).rowwise().sum();
+  grad_scores.array() *= weights.array() * Scalar(1 / std::sqrt(double(q.cols())));
+  grad_queries.noalias() = grad_scores * k;
+  grad_keys.noalias() = grad_scores.transpose() * q;
 }
 
 }  // namespace surfattn::bench

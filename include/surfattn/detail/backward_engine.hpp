@@ -270,10 +270,9 @@ class BackwardTask {
     const Index offset = tile.first_key - first_key_of(key_tile);  // a whole number of panels
     const simd::Tile<Accumulator> weights{buffers_.weights, buffers_.score_stride};
     const simd::Tile<Accumulator> grad_scores{buffers_.grad_scores, buffers_.score_stride};
-    score_tile<Accumulator>(
-        tile, shape_.head_dim,
-        simd::packed_left(buffers_.queries.columns, shape_.head_dim, 0, tile.queries),
-        keys.transposed_keys + offset * shape_.head_dim, keys.key_bias + offset, weights);
+    score_tile(tile, shape_.head_dim,
+               simd::packed_left(buffers_.queries.columns, shape_.head_dim, 0, tile.queries),
+               keys.transposed_keys + offset * shape_.head_dim, keys.key_bias + offset, weights);
     finish_scores(operands_, terms_, tile, weights, term_task_.records());
     simd::set_product<Accumulator>(
         tile.queries, tile.keys, shape_.value_dim,

@@ -12,29 +12,33 @@
 namespace surfattn::detail {
 
 /// Buffers of one task; over an empty arena, their size.
-template <class Accumulator>
+template <class Scalar>
 struct ForwardBuffers {
+  using Accumulator = accumulator_t<Scalar>;
+  using Element = packed_t<Scalar>;
+
+  Index depth;        ///< of a packed row of queries or keys
   Index member_rows;  ///< rows of one query head of the group, whole panels of a left operand
   Index score_stride;
-  Accumulator* queries;
+  Element* queries;
   SoftmaxRows<Accumulator> outs;
-  Accumulator* key_panels;
+  Element* key_panels;
   Accumulator* key_bias;
-  Accumulator* value_panels;
+  Element* value_panels;
   Accumulator* scores;
   Index* non_finite_values;
 
   ForwardBuffers(Arena& arena, const Shape& shape, const Tiling& tiling)
-      : member_rows(
-            simd::rounded_up(std::min(tiling.block, shape.queries), simd::left_width<Accumulator>)),
+      : depth(simd::depth_of<Element>(shape.head_dim)),
+        member_rows(
+            simd::rounded_up(std::min(tiling.block, shape.queries), simd::left_width<Element>)),
         score_stride(detail::score_stride<Accumulator>(tiling.key_tile)) {
     const Index block_rows = shape.group() * member_rows;
-    queries = arena.take<Accumulator>(block_rows * shape.head_dim);
+    queries = arena.take<Element>(block_rows * depth);
     outs = SoftmaxRows<Accumulator>(arena, block_rows, shape.value_dim);
-    key_panels =
-        arena.take<Accumulator>(simd::padded<Accumulator>(tiling.key_tile) * shape.head_dim);
+    key_panels = arena.take<Element>(simd::padded<Accumulator>(tiling.key_tile) * depth);
     key_bias = arena.take<Accumulator>(simd::padded<Accumulator>(tiling.key_tile));
-    value_panels = arena.take<Accumulator>(tiling.key_tile * outs.stride);
+    value_panels = arena.take<Element>(simd::depth_of<Element>(tiling.key_tile) * outs.stride);
     scores = arena.take<Accumulator>(tiling.query_tile * score_stride);
     non_finite_values = arena.take<Index>(tiling.key_tile);
   }
@@ -47,7 +51,7 @@ class ForwardTask {
 
  public:
   ForwardTask(const Operands<Scalar>& operands, const Terms& terms, const Tiling& tiling,
-              ForwardBuffers<Accumulator>& buffers, Index key_value_head, Index first_query)
+              ForwardBuffers<Scalar>& buffers, Index key_value_head, Index first_query)
       : operands_(operands),
         shape_(operands.shape),
         terms_(terms),
@@ -72,8 +76,7 @@ class ForwardTask {
     for (Index member = 0; member < shape_.group(); ++member) {
       simd::pack_left(
           operands_.query_head(first_head() + member).block_rows(first_query_, queries_),
-          log2_scale(operands_),
-          buffers_.queries + member * buffers_.member_rows * shape_.head_dim);
+          log2_scale(operands_), buffers_.queries + member * buffers_.member_rows * buffers_.depth);
     }
     buffers_.outs.reset(shape_.group() * buffers_.member_rows);
   }
@@ -110,10 +113,10 @@ class ForwardTask {
   /// ones, a whole number of panels.
   void visit_tile(const Tile& tile, Coverage coverage, Index row, Index offset) {
     const simd::Tile<Accumulator> scores{buffers_.scores, buffers_.score_stride};
-    score_tile<Accumulator>(tile, shape_.head_dim,
-                            simd::packed_left(buffers_.queries, shape_.head_dim, row, tile.queries),
-                            buffers_.key_panels + offset * shape_.head_dim,
-                            buffers_.key_bias + offset, scores);
+    score_tile(tile, shape_.head_dim,
+               simd::packed_left(buffers_.queries, shape_.head_dim, row, tile.queries),
+               buffers_.key_panels + offset * buffers_.depth, buffers_.key_bias + offset, scores,
+               log2_scale(operands_));
     finish_scores(operands_, terms_, tile, scores);
     if (coverage == Coverage::partial) {
       terms_.hide(tile, scores.data, scores.row_stride, simd::minus_infinity<Accumulator>);
@@ -137,11 +140,11 @@ class ForwardTask {
   const Shape& shape_;
   const Terms& terms_;
   const Tiling& tiling_;
-  ForwardBuffers<Accumulator>& buffers_;
+  ForwardBuffers<Scalar>& buffers_;
   Index key_value_head_;
   Index first_query_;
   Index queries_;
-  RowOperand<Scalar> values_{};  ///< of the run of keys at hand
+  RowOperand<Scalar, packed_t<Scalar>> values_{};  ///< of the run of keys at hand
 };
 
 /// How the forward pass of a sequence is shared out: one item for each block of queries of each
@@ -160,7 +163,7 @@ struct ForwardPlan {
   std::size_t shared_bytes() const { return 0; }
   std::size_t bytes_per_worker() const {
     Arena counter;
-    ForwardBuffers<accumulator_t<Scalar>>(counter, shape, tiling);
+    ForwardBuffers<Scalar>(counter, shape, tiling);
     return counter.used();
   }
 };
@@ -171,7 +174,7 @@ template <class Scalar, class Terms, class Items>
 void forward(const Operands<Scalar>& operands, const Terms& terms, const ForwardPlan<Scalar>& plan,
              const ForwardOutputs<Scalar>& outputs, Arena, Arena own, const Items& items) {
   const Index blocks_per_head = blocks(plan.shape.queries, plan.tiling.block);
-  ForwardBuffers<accumulator_t<Scalar>> buffers(own, plan.shape, plan.tiling);
+  ForwardBuffers<Scalar> buffers(own, plan.shape, plan.tiling);
   items([&](Index taken) {
     // The last queries see the most keys under a causal mask: they go first, so that no worker is
     // left with a long task at the end.

@@ -35,13 +35,22 @@ void fill_key_bias(const Operands<Scalar>& operands, Index head, Index first,
         static_cast<Accumulator>(operands.log_prior(first + j, head)) * simd::log2_e<Accumulator>;
 }
 
+/// What the forward pass packs its operands as: pairs, where the target multiplies them.
+template <class Scalar>
+using packed_t =
+    std::conditional_t<simd::multiplies_pairs && std::is_same_v<Scalar, Eigen::bfloat16>,
+                       simd::BFloat16Pair, accumulator_t<Scalar>>;
+
 /// S_ij = scale·q_i·k_j + b_j over the tile, in units of ln 2, unmasked: from packed queries,
-/// transposed keys and b.
-template <class Accumulator>
-void score_tile(const Tile& tile, Index head_dim, const simd::ColumnsOperand<Accumulator>& queries,
-                const Accumulator* keys, const Accumulator* bias, simd::Tile<Accumulator> scores) {
-  simd::set_product<Accumulator>(tile.queries, tile.keys, head_dim, queries,
-                                 {keys, head_dim * simd::panel_width<Accumulator>}, scores, bias);
+/// transposed keys and b. `factor` is the scale where the queries are packed without it.
+template <class Element>
+void score_tile(const Tile& tile, Index head_dim, const simd::ColumnsOperand<Element>& queries,
+                const Element* keys, const simd::sum_t<Element>* bias,
+                simd::Tile<simd::sum_t<Element>> scores,
+                simd::sum_t<Element> factor = simd::sum_t<Element>(1)) {
+  const Index depth = simd::depth_of<Element>(head_dim);
+  simd::set_product<Element>(tile.queries, tile.keys, depth, queries,
+                             {keys, depth * simd::panel_width<Element>}, scores, bias, factor);
 }
 
 /// query_norm_weight·‖q_i‖², what a query adds to its log-sum-exp. Never inlined, where compilers would
@@ -86,22 +95,23 @@ accumulator_t<Scalar> offset_beside_scores(const Operands<Scalar>& operands, Ind
 }
 
 /// Rows of an input, times `factor`, as a right operand.
-template <class Scalar>
+template <class Scalar, class Element = accumulator_t<Scalar>>
 struct RowOperand {
   using Accumulator = accumulator_t<Scalar>;
 
-  simd::Panels<Accumulator> panels;
+  simd::Panels<Element> panels;
   simd::NonFiniteRows non_finite;  ///< these are zeros in the panels
   MatrixView<const Scalar> source;
   Accumulator factor;
 };
 
 /// Packs the rows of `source`, times `factor`; `non_finite` has room for all of them.
-template <class Scalar>
-RowOperand<Scalar> pack_row_operand(MatrixView<const Scalar> source, accumulator_t<Scalar> factor,
-                                    accumulator_t<Scalar>* panels, Index* non_finite) {
-  const Index panel_stride = source.rows * simd::panel_width<accumulator_t<Scalar>>;
-  RowOperand<Scalar> operand{{panels, panel_stride}, {non_finite, 0}, source, factor};
+template <class Scalar, class Element>
+RowOperand<Scalar, Element> pack_row_operand(MatrixView<const Scalar> source,
+                                             accumulator_t<Scalar> factor, Element* panels,
+                                             Index* non_finite) {
+  const Index panel_stride = simd::depth_of<Element>(source.rows) * simd::panel_width<Element>;
+  RowOperand<Scalar, Element> operand{{panels, panel_stride}, {non_finite, 0}, source, factor};
   simd::pack_panels(source, factor, panels, panel_stride, operand.non_finite);
   return operand;
 }
@@ -120,10 +130,10 @@ auto left_operand(simd::Tile<Accumulator> coefficients) {
 
 /// Adds to C what the rows of B from `first` on that are not finite contribute to A·B, one by one,
 /// and only to those rows of C that no mask keeps from seeing them.
-template <bool transposed, class Scalar, class Terms>
+template <bool transposed, class Scalar, class Element, class Terms>
 void add_non_finite_rows(const Terms& terms, const Tile& tile,
                          simd::Tile<accumulator_t<Scalar>> coefficients,
-                         const RowOperand<Scalar>& b, Index first,
+                         const RowOperand<Scalar, Element>& b, Index first,
                          simd::Tile<accumulator_t<Scalar>> c) {
   const auto a = left_operand<transposed>(coefficients);
   const Index rows = transposed ? tile.keys : tile.queries;
@@ -154,6 +164,27 @@ void add_weighted_rows(const Terms& terms, const Tile& tile,
                     transposed ? tile.queries : tile.keys, left_operand<transposed>(coefficients),
                     panels, c);
   add_non_finite_rows<transposed>(terms, tile, coefficients, b, first, c);
+}
+
+/// The same with pairs: the coefficients are rounded to bfloat16, in place.
+template <bool transposed, class Scalar, class Terms>
+requires(!transposed) void add_weighted_rows(const Terms& terms, const Tile& tile,
+                                             simd::Tile<float> coefficients,
+                                             const RowOperand<Scalar, simd::BFloat16Pair>& b,
+                                             Index first, simd::Tile<float> c) {
+  using Pair = simd::BFloat16Pair;
+  add_non_finite_rows<false>(terms, tile, coefficients, b, first, c);
+  for (Index i = 0; i < tile.queries; ++i) {
+    float* row = coefficients.from(i).data;
+    for (Index j = 0; j < tile.keys; j += 2 * simd::lanes<Pair>)
+      simd::store_pairs(reinterpret_cast<Pair*>(row) + j / 2, row + j);
+  }
+  simd::Panels<Pair> panels = b.panels;
+  panels.data += simd::depth_of<Pair>(first) * panels.row_stride;  // first is even
+  simd::add_product<Pair>(tile.queries, b.source.cols, simd::depth_of<Pair>(tile.keys),
+                          simd::RowsOperand<Pair>{reinterpret_cast<const Pair*>(coefficients.data),
+                                                  coefficients.row_stride},
+                          panels, c);
 }
 
 }  // namespace surfattn::detail

@@ -41,7 +41,7 @@ Tiling forward_tiling(const Shape& shape, Index workers) {
   constexpr Index most = 2048, tasks_per_worker = 2;
   constexpr Index query_tile = simd::rounded_up(64, simd::left_width<Accumulator>);
   const Index tasks = workers == 1 ? 1 : tasks_per_worker * workers;
-  return {query_tile, tile_rows<Accumulator>(512, std::max(shape.head_dim, shape.value_dim)),
+  return {query_tile, tile_rows<Accumulator>(1024, std::max(shape.head_dim, shape.value_dim)),
           task_rows(shape.queries * shape.key_value_heads, tasks, query_tile,
                     most / shape.group() / query_tile * query_tile)};
 }

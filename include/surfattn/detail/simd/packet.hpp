@@ -232,4 +232,54 @@ SURFATTN_ALWAYS_INLINE Packet<Scalar> power_of_two(Packet<Scalar> biased) {
   return __builtin_bit_cast(Packet<Scalar>, __builtin_bit_cast(Integers, biased) << fraction_bits);
 }
 
+/// Two bfloat16 side by side, neighbours along the depth of a product: what the dot instructions of
+/// some targets take, which add both products to one float.
+struct BFloat16Pair {
+  std::uint32_t bits;
+};
+template <>
+inline constexpr Index lanes<BFloat16Pair> = lanes<float>;
+
+/// The numbers that a product of `Element`s is summed in.
+template <class Element>
+struct sum_of {
+  using type = Element;
+};
+template <>
+struct sum_of<BFloat16Pair> {
+  using type = float;
+};
+template <class Element>
+using sum_t = typename sum_of<Element>::type;
+
+#if defined(__AVX512BF16__) && defined(EIGEN_VECTORIZE_AVX512)
+
+inline constexpr bool multiplies_pairs = true;
+
+SURFATTN_ALWAYS_INLINE __m512bh broadcast(BFloat16Pair pair) {
+  return __builtin_bit_cast(__m512bh, _mm512_set1_epi32(static_cast<int>(pair.bits)));
+}
+
+SURFATTN_ALWAYS_INLINE __m512bh load_unaligned(const BFloat16Pair* from) {
+  return __builtin_bit_cast(__m512bh, _mm512_loadu_si512(from));
+}
+
+SURFATTN_ALWAYS_INLINE Packet<float> multiply_add(__m512bh a, __m512bh b, Packet<float> c) {
+  return _mm512_dpbf16_ps(c, a, b);
+}
+
+/// The 32 floats from `from` on, rounded to the nearest bfloat16, as 16 pairs.
+SURFATTN_ALWAYS_INLINE void store_pairs(BFloat16Pair* to, const float* from) {
+  const __m512bh pairs = _mm512_cvtne2ps_pbh(load(from + lanes<float>), load(from));
+  _mm512_storeu_si512(to, __builtin_bit_cast(__m512i, pairs));
+}
+
+#else
+
+inline constexpr bool multiplies_pairs = false;
+
+void store_pairs(BFloat16Pair* to, const float* from);  // never called
+
+#endif
+
 }  // namespace surfattn::detail::simd

@@ -58,58 +58,136 @@ void pack_rows(MatrixView<const Source> source, Scalar factor, Scalar* to) {
   }
 }
 
+/// How many elements of a packed operand hold `count` numbers along the depth.
+template <class Element>
+constexpr Index depth_of(Index count) {
+  return std::is_same_v<Element, BFloat16Pair> ? (count + 1) / 2 : count;
+}
+
+/// The elements [first, first + lanes) of a row, times `factor`, with zeros beyond its end.
+template <class Element, class Source>
+SURFATTN_ALWAYS_INLINE Packet<Element> row_elements(MatrixView<const Source> source, Index row,
+                                                    Index first, Packet<Element> factor) {
+  return multiply(factor,
+                  gather<Element>(&source(row, first), source.col_stride, source.cols - first));
+}
+
+/// Pairs, as packets of 32 bits each and without a factor.
+template <class Element>
+SURFATTN_ALWAYS_INLINE Packet<float> row_elements(
+    MatrixView<const Eigen::bfloat16> source, Index row, Index first,
+    Packet<float>) requires std::is_same_v<Element, BFloat16Pair> {
+  constexpr Index width = 2 * lanes<float>;
+  const Eigen::bfloat16* from = &source(row, 2 * first);
+  const Index count = std::min(width, source.cols - 2 * first);
+  if (source.col_stride == 1 && count == width)
+    return load_unaligned(reinterpret_cast<const float*>(from));
+  alignas(Arena::alignment) std::uint16_t bits[width] = {};
+  for (Index c = 0; c < count; ++c)
+    bits[c] = Eigen::numext::bit_cast<std::uint16_t>(from[c * source.col_stride]);
+  return load(reinterpret_cast<const float*>(bits));
+}
+
 /// source·factor by columns, in panels of `width` rows, a multiple of lanes, the last one padded
-/// with zeros: row r and column c goes to `to` + r / width·width·source.cols + c·width + r % width.
-/// Works in square blocks of packets.
-template <Index width, class Scalar, class Source>
-void pack_columns(MatrixView<const Source> source, Scalar factor, Scalar* to) {
-  constexpr Index side = lanes<Scalar>;
+/// with zeros: with depth = depth_of(source.cols), row r and element c of its depth go to `to` + r /
+/// width·width·depth + c·width + r % width. Works in square blocks of packets.
+template <Index width, class Element, class Source>
+void pack_columns(MatrixView<const Source> source, sum_t<Element> factor, Element* to) {
+  using Lane = sum_t<Element>;  // as wide as an element
+  constexpr Index side = lanes<Element>;
   const auto multiplier = broadcast(factor);
+  const Index depth = depth_of<Element>(source.cols);
   for (Index first = 0; first < rounded_up(source.rows, width); first += side) {
     prefetch_rows(source, first + side, side);
-    Scalar* column = to + first / width * width * source.cols + first % width;
-    for (Index c = 0; c < source.cols; c += side) {
-      SquareBlock<Scalar> block;
+    Lane* column = reinterpret_cast<Lane*>(to) + first / width * width * depth + first % width;
+    for (Index c = 0; c < depth; c += side) {
+      SquareBlock<Lane> block;
       for (Index row = 0; row < side; ++row) {
         block[row] = first + row < source.rows
-                         ? multiply(multiplier, gather<Scalar>(&source(first + row, c),
-                                                               source.col_stride, source.cols - c))
-                         : broadcast(Scalar(0));
+                         ? row_elements<Element>(source, first + row, c, multiplier)
+                         : broadcast(Lane(0));
       }
       block.transpose();
-      const Index count = std::min(side, source.cols - c);
+      const Index count = std::min(side, depth - c);
       for (Index row = 0; row < count; ++row) store(column + (c + row) * width, block[row]);
     }
   }
 }
 
-/// The transpose of `source` as a right operand: depth = source.cols, one column for each of its
-/// rows.
-template <class Scalar, class Source>
-void pack_transposed(MatrixView<const Source> source, Scalar* to) {
-  pack_columns<panel_width<Scalar>>(source, Scalar(1), to);
+/// The transpose of `source` as a right operand: depth_of(source.cols) deep, one column for each of
+/// its rows.
+template <class Element, class Source>
+void pack_transposed(MatrixView<const Source> source, Element* to) {
+  pack_columns<panel_width<Element>>(source, sum_t<Element>(1), to);
 }
 
-/// source·factor as a left operand, by columns; takes `packed_left_size` numbers.
-template <class Scalar, class Source>
-void pack_left(MatrixView<const Source> source, Scalar factor, Scalar* to) {
-  pack_columns<left_width<Scalar>>(source, factor, to);
+/// source·factor as a left operand, by columns; takes `packed_left_size` elements. Pairs are packed
+/// as they are, without the factor.
+template <class Element, class Source>
+void pack_left(MatrixView<const Source> source, sum_t<Element> factor, Element* to) {
+  pack_columns<left_width<Element>>(source, factor, to);
 }
 
-template <class Scalar>
+template <class Element>
 constexpr Index packed_left_size(Index rows, Index cols) {
-  return rounded_up(rows, left_width<Scalar>) * cols;
+  return rounded_up(rows, left_width<Element>) * depth_of<Element>(cols);
 }
 
 /// `rows` rows, from `row` on, of what `pack_left` has packed: from the first of a panel on, or all in
 /// one panel.
-template <class Scalar>
-ColumnsOperand<Scalar> packed_left(const Scalar* packed, Index cols, Index row,
-                                   [[maybe_unused]] Index rows) {
-  constexpr Index width = left_width<Scalar>;
+template <class Element>
+ColumnsOperand<Element> packed_left(const Element* packed, Index cols, Index row,
+                                    [[maybe_unused]] Index rows) {
+  constexpr Index width = left_width<Element>;
   eigen_assert(row % width == 0 || row % width + rows <= width);
-  const ColumnsOperand<Scalar> all{packed, width, width * cols};
+  const ColumnsOperand<Element> all{packed, width, width * depth_of<Element>(cols)};
   return {all.from(row), all.stride, all.panel_stride};
+}
+
+/// Two rows of bfloat16 as one row of pairs in panels that are `panel_stride` apart; what is null
+/// counts as zeros.
+inline void pack_pair_of_rows(const Eigen::bfloat16* even, const Eigen::bfloat16* odd, Index cols,
+                              Index col_stride, BFloat16Pair* to, Index panel_stride) {
+  constexpr Index width = panel_width<BFloat16Pair>;
+  const auto bits = [&](const Eigen::bfloat16* row, Index c) -> std::uint32_t {
+    return row ? Eigen::numext::bit_cast<std::uint16_t>(row[c * col_stride]) : 0u;
+  };
+  for (Index first = 0; first < rounded_up(cols, width); first += width, to += panel_stride) {
+    const Index count = std::min(width, cols - first);
+    for (Index c = 0; c < count; ++c)
+      to[c].bits = bits(even, first + c) | bits(odd, first + c) << 16;
+    for (Index c = count; c < width; ++c) to[c].bits = 0;
+  }
+}
+
+/// Whether a row holds no infinity and no NaN.
+template <class Scalar, class Source>
+bool is_finite_row(MatrixView<const Source> source, Index row) {
+  const auto zero = broadcast(Scalar(0));
+  auto zeros = zero;  // x·0 is 0 for every finite x and NaN for the others
+  for (Index c = 0; c < source.cols; c += lanes<Scalar>) {
+    zeros = multiply_add(gather<Scalar>(&source(row, c), source.col_stride, source.cols - c), zero,
+                         zeros);
+  }
+  return sum(zeros) == Scalar(0);
+}
+
+/// The rows of `source` as a right operand of pairs, rows 2k and 2k + 1 in one: depth =
+/// depth_of(source.rows). Rows that are not finite become zeros and are listed.
+inline void pack_panels(MatrixView<const Eigen::bfloat16> source, float, BFloat16Pair* to,
+                        Index panel_stride, NonFiniteRows& non_finite) {
+  non_finite.count = 0;
+  const auto finite_row = [&](Index k) -> const Eigen::bfloat16* {
+    if (k >= source.rows) return nullptr;
+    if (is_finite_row<float>(source, k)) return source.row(k);
+    non_finite.rows[non_finite.count++] = k;
+    return nullptr;
+  };
+  for (Index k = 0; k < source.rows; k += 2, to += panel_width<BFloat16Pair>) {
+    const auto* even = finite_row(k);
+    const auto* odd = finite_row(k + 1);
+    pack_pair_of_rows(even, odd, source.cols, source.col_stride, to, panel_stride);
+  }
 }
 
 /// source·factor as a right operand: depth = source.rows. Row k of panel p goes to `to` +

@@ -104,8 +104,7 @@ SURFATTN_ALWAYS_INLINE void dot_block(RowsOperand<Scalar> q, MatrixView<const So
   }
 }
 
-/// The queries from `row` on against `Keys` rows of keys, in steps of `Rows` and then of half as
-/// many.
+/// The queries from `row` on against `Keys` rows of keys, in steps of `Rows` and then one by one.
 template <int Rows, int Keys, class Scalar, class Source, class Ahead>
 SURFATTN_ALWAYS_INLINE void dot_column(Index row, Index rows, RowsOperand<Scalar> q,
                                        MatrixView<const Source> keys, Tile<Scalar> out,
@@ -116,11 +115,11 @@ SURFATTN_ALWAYS_INLINE void dot_column(Index row, Index rows, RowsOperand<Scalar
                           row == 0 ? ahead.lines_of(Keys, steps) : 0);
   }
   if constexpr (Rows > 1) {
-    if (row < rows) dot_column<Rows / 2, Keys>(row, rows, q, keys, out, ahead);
+    if (row < rows) dot_column<1, Keys>(row, rows, q, keys, out, ahead);
   }
 }
 
-/// All queries against the rows of keys from `key` on, in steps of `Keys` and then of half as many.
+/// All queries against the rows of keys from `key` on, in steps of `Keys` and then one by one.
 template <int Rows, int Keys, class Scalar, class Source, class Ahead>
 SURFATTN_ALWAYS_INLINE void dot_columns(Index key, Index rows, RowsOperand<Scalar> q,
                                         MatrixView<const Source> keys, Tile<Scalar> c,
@@ -130,7 +129,7 @@ SURFATTN_ALWAYS_INLINE void dot_columns(Index key, Index rows, RowsOperand<Scala
                            ahead);
   }
   if constexpr (Keys > 1) {
-    if (key < keys.rows) dot_columns<Rows, Keys / 2>(key, rows, q, keys, c, ahead);
+    if (key < keys.rows) dot_columns<Rows, 1>(key, rows, q, keys, c, ahead);
   }
 }
 
@@ -143,7 +142,7 @@ SURFATTN_NEVER_INLINE void set_dot_products(Index rows, RowsOperand<Scalar> q,
   if (rows >= 4) {
     dot_columns<4, 4>(0, rows, q, keys, c, ahead);
   } else {
-    dot_columns<2, 8>(0, rows, q, keys, c, ahead);
+    dot_columns<1, 8>(0, rows, q, keys, c, ahead);
   }
   for (Index i = 0; i < rows; ++i) add_row(bias, c.data + i * c.row_stride, keys.rows);
 }

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <numeric>
 #include <surfattn/detail/simd/packet.hpp>
+#include <type_traits>
 
 namespace surfattn::detail::simd {
 
@@ -91,46 +92,60 @@ SURFATTN_ALWAYS_INLINE void prefetch_accumulators(const Tile<Scalar>& c) {
 }
 
 /// The accumulators of `Rows` rows of C in one panel.
-template <int Rows, class Scalar>
+template <int Rows, class Element>
 struct Accumulators {
-  Packet<Scalar> at[Rows][panel_packets];
+  using Sum = sum_t<Element>;
+
+  Packet<Sum> at[Rows][panel_packets];
 
   /// Every row starts as `bias`, or as 0 where there is none.
-  SURFATTN_ALWAYS_INLINE void start(const Scalar* bias) {
+  SURFATTN_ALWAYS_INLINE void start(const Sum* bias) {
     SURFATTN_UNROLL
     for (int p = 0; p < panel_packets; ++p) {
-      const auto first = bias ? load(bias + p * lanes<Scalar>) : broadcast(Scalar(0));
+      const auto first = bias ? load(bias + p * lanes<Sum>) : broadcast(Sum(0));
       SURFATTN_UNROLL
       for (int i = 0; i < Rows; ++i) at[i][p] = first;
     }
   }
 
-  SURFATTN_ALWAYS_INLINE void load_from(const Tile<Scalar>& c) {
+  SURFATTN_ALWAYS_INLINE void load_from(const Tile<Sum>& c) {
     SURFATTN_UNROLL
     for (int i = 0; i < Rows; ++i) {
       SURFATTN_UNROLL
       for (int p = 0; p < panel_packets; ++p)
-        at[i][p] = load(c.data + i * c.row_stride + p * lanes<Scalar>);
+        at[i][p] = load(c.data + i * c.row_stride + p * lanes<Sum>);
     }
   }
 
-  SURFATTN_ALWAYS_INLINE void store_to(const Tile<Scalar>& c) const {
+  SURFATTN_ALWAYS_INLINE void store_to(const Tile<Sum>& c) const {
     SURFATTN_UNROLL
     for (int i = 0; i < Rows; ++i) {
       SURFATTN_UNROLL
       for (int p = 0; p < panel_packets; ++p)
-        store(c.data + i * c.row_stride + p * lanes<Scalar>, at[i][p]);
+        store(c.data + i * c.row_stride + p * lanes<Sum>, at[i][p]);
+    }
+  }
+
+  /// at ← factor·at + bias
+  SURFATTN_ALWAYS_INLINE void scale(Sum factor, const Sum* bias) {
+    const auto multiplier = broadcast(factor);
+    SURFATTN_UNROLL
+    for (int p = 0; p < panel_packets; ++p) {
+      const auto addend = bias ? load(bias + p * lanes<Sum>) : broadcast(Sum(0));
+      SURFATTN_UNROLL
+      for (int i = 0; i < Rows; ++i) at[i][p] = multiply_add(at[i][p], multiplier, addend);
     }
   }
 
   /// at += a·b over the whole depth, for the rows of A from `a` on.
   template <class Left>
-  SURFATTN_ALWAYS_INLINE void add_product(Index depth, const Left& left, const Scalar* a,
-                                          const Scalar* b, Index b_stride) {
+  SURFATTN_ALWAYS_INLINE void add_product(Index depth, const Left& left, const Element* a,
+                                          const Element* b, Index b_stride) {
+    using Operand = decltype(load_unaligned(b));
     for (Index k = 0; k < depth; ++k, a += left.depth_stride(), b += b_stride) {
-      Packet<Scalar> row[panel_packets];
+      Operand row[panel_packets];
       SURFATTN_UNROLL
-      for (int p = 0; p < panel_packets; ++p) row[p] = load_unaligned(b + p * lanes<Scalar>);
+      for (int p = 0; p < panel_packets; ++p) row[p] = load_unaligned(b + p * lanes<Element>);
       SURFATTN_UNROLL
       for (int i = 0; i < Rows; ++i) {
         const auto factor = broadcast(a[i * left.row_stride()]);
@@ -143,59 +158,74 @@ struct Accumulators {
 
 enum class Store { set, add };
 
-/// `Rows` rows, from `row` on, of one panel of C = bias + A·B (Store::set) or C += A·B (Store::add).
-template <int Rows, Store store, class Left, class Scalar>
-SURFATTN_ALWAYS_INLINE void panel_rows(Index row, Index depth, const Left& a, Panels<Scalar> b,
-                                       Tile<Scalar> c, const Scalar* bias) {
+/// What becomes of a product that is stored: factor·A·B + bias, the bias one number for each column
+/// or none. The factor counts for pairs alone; other operands have it packed into them, where it
+/// costs nothing.
+template <class Element>
+struct Finish {
+  const sum_t<Element>* bias = nullptr;
+  sum_t<Element> factor{1};
+};
+
+/// `Rows` rows, from `row` on, of one panel of a finished product (Store::set) or of C += A·B
+/// (Store::add).
+template <int Rows, Store store, class Left, class Element>
+SURFATTN_ALWAYS_INLINE void panel_rows(Index row, Index depth, const Left& a, Panels<Element> b,
+                                       Tile<sum_t<Element>> c, Finish<Element> finish) {
+  constexpr bool has_factor = store == Store::set && !std::is_same_v<Element, sum_t<Element>>;
   c = c.from(row);
-  Accumulators<Rows, Scalar> accumulators;
-  if constexpr (store == Store::set) {
-    accumulators.start(bias);
-  } else {
+  Accumulators<Rows, Element> accumulators;
+  if constexpr (store == Store::add) {
     accumulators.load_from(c);
+  } else {
+    accumulators.start(has_factor ? nullptr : finish.bias);
   }
   accumulators.add_product(depth, a, a.from(row), b.data, b.row_stride);
+  if constexpr (has_factor) accumulators.scale(finish.factor, finish.bias);
   accumulators.store_to(c);
 }
 
 /// Goes down the rows of one panel, from `row` on, in steps of `Rows`, and what remains in steps of
 /// half as many.
-template <int Rows, Store store, class Left, class Scalar>
+template <int Rows, Store store, class Left, class Element>
 SURFATTN_ALWAYS_INLINE void panel(Index row, Index rows, Index depth, const Left& a,
-                                  Panels<Scalar> b, Tile<Scalar> c, const Scalar* bias) {
+                                  Panels<Element> b, Tile<sum_t<Element>> c,
+                                  Finish<Element> finish) {
   for (; row + Rows <= rows; row += Rows) {
     if constexpr (store == Store::add) prefetch_accumulators<Rows>(c.from(row + Rows));
-    panel_rows<Rows, store>(row, depth, a, b, c, bias);
+    panel_rows<Rows, store>(row, depth, a, b, c, finish);
   }
   if constexpr (Rows > 1) {
-    if (row < rows) panel<Rows / 2, store>(row, rows, depth, a, b, c, bias);
+    if (row < rows) panel<Rows / 2, store>(row, rows, depth, a, b, c, finish);
   }
 }
 
-template <Store store, class Left, class Scalar>
+template <Store store, class Left, class Element>
 SURFATTN_NEVER_INLINE void product(Index rows, Index cols, Index depth, const Left& a,
-                                   Panels<Scalar> b, Tile<Scalar> c, const Scalar* bias = nullptr) {
-  for (Index first = 0; first < cols; first += panel_width<Scalar>) {
-    panel<kernel_rows, store>(0, rows, depth, a, b, c, bias);
+                                   Panels<Element> b, Tile<sum_t<Element>> c,
+                                   Finish<Element> finish = {}) {
+  for (Index first = 0; first < cols; first += panel_width<Element>) {
+    panel<kernel_rows, store>(0, rows, depth, a, b, c, finish);
     b.data += b.panel_stride;
-    c.data += panel_width<Scalar>;
-    if (bias) bias += panel_width<Scalar>;
+    c.data += panel_width<Element>;
+    if (finish.bias) finish.bias += panel_width<Element>;
   }
 }
 
 /// C = A·B, or bias + A·B where there is a bias, one number for each column: for `rows` rows of A
-/// and C and the whole panels that hold `cols` columns of B.
-template <class Scalar, class Left>
-void set_product(Index rows, Index cols, Index depth, const Left& a, Panels<Scalar> b,
-                 Tile<Scalar> c, const Scalar* bias = nullptr) {
-  product<Store::set>(rows, cols, depth, a, b, c, bias);
+/// and C and the whole panels that hold `cols` columns of B. Of pairs, factor·A·B + bias.
+template <class Element, class Left>
+void set_product(Index rows, Index cols, Index depth, const Left& a, Panels<Element> b,
+                 Tile<sum_t<Element>> c, const sum_t<Element>* bias = nullptr,
+                 sum_t<Element> factor = sum_t<Element>(1)) {
+  product<Store::set, Left, Element>(rows, cols, depth, a, b, c, {bias, factor});
 }
 
 /// C += A·B, likewise.
-template <class Scalar, class Left>
-void add_product(Index rows, Index cols, Index depth, const Left& a, Panels<Scalar> b,
-                 Tile<Scalar> c) {
-  product<Store::add>(rows, cols, depth, a, b, c);
+template <class Element, class Left>
+void add_product(Index rows, Index cols, Index depth, const Left& a, Panels<Element> b,
+                 Tile<sum_t<Element>> c) {
+  product<Store::add, Left, Element>(rows, cols, depth, a, b, c);
 }
 
 }  // namespace surfattn::detail::simd

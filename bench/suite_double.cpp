@@ -1,0 +1,5 @@
+#include "support/suite.hpp"
+
+namespace {
+const bool added = (surfattn::bench::add_suite<double>("double"), true);
+}  // namespace
