@@ -92,6 +92,7 @@ void add_storage_errors(const ExactHead& head, Bounds& b) {
   b.grad_queries += scale * e * head.keys.cwiseAbs();
   b.grad_keys += scale * e.transpose() * head.queries.cwiseAbs();
   b.grad_key_bias += e.colwise().sum().transpose();
+  if (b.grad_keys_of_surface.size() == 0) return;  // of the standard form
   b.grad_keys_of_surface +=
       scale * (e.transpose() * head.queries.cwiseAbs() +
                Doubles(e.colwise().sum().transpose().asDiagonal() * head.keys.cwiseAbs()));

@@ -18,21 +18,29 @@ accumulator_t<Scalar> log2_scale(const Operands<Scalar>& operands) {
   return operands.scale * simd::log2_e<accumulator_t<Scalar>>;
 }
 
+/// bias_j ← norm_weight·bias_j + log π_j for `keys` keys of the head, from `first` on, where bias
+/// holds ‖k_j‖², or 0 where the norms do not count.
+template <class Scalar, class Accumulator>
+void finish_key_bias(const Operands<Scalar>& operands, Index head, Index first, Index keys,
+                     Accumulator* bias) {
+  if (operands.key_norm_weight != Accumulator(0)) {
+    for (Index j = 0; j < keys; ++j)
+      bias[j] *= operands.key_norm_weight * simd::log2_e<Accumulator>;
+  }
+  if (!operands.log_prior.data) return;
+  for (Index j = 0; j < keys; ++j)
+    bias[j] +=
+        static_cast<Accumulator>(operands.log_prior(first + j, head)) * simd::log2_e<Accumulator>;
+}
+
 /// b_j = norm_weight·‖k_j‖² + log π_j for the keys `rows`, the head's from `first` on; padded with
 /// zeros.
 template <class Scalar, class Accumulator>
 void fill_key_bias(const Operands<Scalar>& operands, Index head, Index first,
                    MatrixView<const Scalar> rows, Accumulator* bias) {
   std::fill(bias, bias + simd::padded<Accumulator>(rows.rows), Accumulator(0));
-  if (operands.key_norm_weight != Accumulator(0)) {
-    simd::squared_norms(rows, bias);
-    for (Index j = 0; j < rows.rows; ++j)
-      bias[j] *= operands.key_norm_weight * simd::log2_e<Accumulator>;
-  }
-  if (!operands.log_prior.data) return;
-  for (Index j = 0; j < rows.rows; ++j)
-    bias[j] +=
-        static_cast<Accumulator>(operands.log_prior(first + j, head)) * simd::log2_e<Accumulator>;
+  if (operands.key_norm_weight != Accumulator(0)) simd::squared_norms(rows, bias);
+  finish_key_bias(operands, head, first, rows.rows, bias);
 }
 
 /// What the forward pass packs its operands as: pairs, where the target multiplies them.

@@ -166,9 +166,14 @@ class StreamTask {
 
   void score(Index head, Index first_key, Index keys, Coverage coverage) {
     const auto key_rows = operands_.key_head(head).block_rows(first_key, keys);
-    fill_key_bias(operands_, head, first_key, key_rows, buffers_.key_bias);
+    const bool has_norms = operands_.key_norm_weight != Accumulator(0);
+    if (!has_norms) std::fill_n(buffers_.key_bias, keys, Accumulator(0));
     simd::set_dot_products<Accumulator>(rows(), packed_queries(first_row(head)), key_rows,
-                                        scores(0), buffers_.key_bias, keys_ahead_);
+                                        scores(0), has_norms ? buffers_.key_bias : nullptr,
+                                        keys_ahead_);
+    finish_key_bias(operands_, head, first_key, keys, buffers_.key_bias);
+    for (Index row = 0; row < rows(); ++row)
+      simd::add_row(buffers_.key_bias, scores(0).from(row).data, keys);
     for (Index member = 0; member < shape_.group(); ++member) {
       const Tile tile = tile_of(head, member, first_key, keys);
       finish_scores(operands_, terms_, tile, scores(member));

@@ -240,13 +240,24 @@ SURFATTN_ALWAYS_INLINE void row_products(MatrixView<const Source> a, MatrixView<
                                          Index first, Scalar* to) {
   Packet<Scalar> products[Rows];
   for (auto& product : products) product = broadcast(Scalar(0));
-  for (Index c = 0; c < a.cols; c += lanes<Scalar>) {
+  const auto add_step = [&](const auto& take, Index c) {
     SURFATTN_UNROLL
-    for (int i = 0; i < Rows; ++i) {
-      products[i] =
-          multiply_add(gather<Scalar>(&a(first + i, c), a.col_stride, a.cols - c),
-                       gather<Scalar>(&b(first + i, c), b.col_stride, b.cols - c), products[i]);
-    }
+    for (int i = 0; i < Rows; ++i)
+      products[i] = multiply_add(take(a, first + i, c), take(b, first + i, c), products[i]);
+  };
+  Index c = 0;
+  for (; a.col_stride == 1 && b.col_stride == 1 && c + lanes<Scalar> <= a.cols;
+       c += lanes<Scalar>) {
+    add_step(
+        [](const auto& view, Index row, Index col) { return load_as<Scalar>(view.row(row) + col); },
+        c);
+  }
+  for (; c < a.cols; c += lanes<Scalar>) {
+    add_step(
+        [](const auto& view, Index row, Index col) {
+          return gather<Scalar>(&view(row, col), view.col_stride, view.cols - col);
+        },
+        c);
   }
   if constexpr (Rows == 4) {
     store_sums(to + first, products[0], products[1], products[2], products[3]);

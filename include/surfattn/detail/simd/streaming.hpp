@@ -123,28 +123,28 @@ SURFATTN_ALWAYS_INLINE void dot_column(Index row, Index rows, RowsOperand<Scalar
 template <int Rows, int Keys, class Scalar, class Source, class Ahead>
 SURFATTN_ALWAYS_INLINE void dot_columns(Index key, Index rows, RowsOperand<Scalar> q,
                                         MatrixView<const Source> keys, Tile<Scalar> c,
-                                        Ahead& ahead) {
+                                        Scalar* norms, Ahead& ahead) {
   for (; key + Keys <= keys.rows; key += Keys) {
-    dot_column<Rows, Keys>(0, rows, q, keys.block_rows(key, Keys), {c.data + key, c.row_stride},
-                           ahead);
+    const auto some = keys.block_rows(key, Keys);
+    if (norms) squared_norms(some, norms + key);
+    dot_column<Rows, Keys>(0, rows, q, some, {c.data + key, c.row_stride}, ahead);
   }
   if constexpr (Keys > 1) {
-    if (key < keys.rows) dot_columns<Rows, 1>(key, rows, q, keys, c, ahead);
+    if (key < keys.rows) dot_columns<Rows, 1>(key, rows, q, keys, c, norms, ahead);
   }
 }
 
-/// C = Q·Kᵀ + bias, the bias one number for each key: Q packed (rows padded with zeros), K the rows
-/// of an input as they lie.
+/// C = Q·Kᵀ: Q packed (rows padded with zeros), K the rows of an input as they lie. Writes ‖k_j‖² to
+/// `norms` too, unless that is null: while the rows are in the first-level cache.
 template <class Scalar, class Source, class Ahead>
 SURFATTN_NEVER_INLINE void set_dot_products(Index rows, RowsOperand<Scalar> q,
                                             MatrixView<const Source> keys, Tile<Scalar> c,
-                                            const Scalar* bias, Ahead& ahead) {
+                                            Scalar* norms, Ahead& ahead) {
   if (rows >= 4) {
-    dot_columns<4, 4>(0, rows, q, keys, c, ahead);
+    dot_columns<4, 4>(0, rows, q, keys, c, norms, ahead);
   } else {
-    dot_columns<1, 8>(0, rows, q, keys, c, ahead);
+    dot_columns<1, 8>(0, rows, q, keys, c, norms, ahead);
   }
-  for (Index i = 0; i < rows; ++i) add_row(bias, c.data + i * c.row_stride, keys.rows);
 }
 
 /// `Rows` rows of C += A·B over `Packets` packets of columns, where B are rows of an input as they
