@@ -91,7 +91,7 @@ void attention_forward_into(const Queries& queries, const Keys& keys, const Valu
 /// without allocating.
 ///
 /// `out` and `log_sum_exp` are what attention_forward_into wrote for the same inputs, options and
-/// terms; `grad_out` is ∂loss/∂out. Every gradient is overwritten; no output may overlap an input
+/// terms; `grad_out` is ∂loss/∂out, or ForwardGradients. Every gradient is overwritten; no output may overlap an input
 /// or another output. A term with parameters writes their gradient where it was told to,
 /// Alibi{slopes}.gradient_into(grad_slopes), and otherwise computes none. `workspace` needs
 /// workspace_size(Pass::backward, queries, keys, values, options, terms...) bytes.
@@ -103,8 +103,8 @@ void attention_backward_into(const Queries& queries, const Keys& keys, const Val
                              GradValues&& grad_values, const Workspace& workspace,
                              const Options& options = {}, const Terms&... terms) {
   using Scalar = detail::scalar_t<Queries>;
-  detail::check_inputs_at_compile_time<Queries, Keys, Values, Out, GradOut>();
-  detail::check_sums_at_compile_time<Scalar, LogSumExp>();
+  detail::check_inputs_at_compile_time<Queries, Keys, Values, Out, detail::grad_out_t<GradOut>>();
+  detail::check_sums_at_compile_time<Scalar, LogSumExp, detail::grad_log_sum_exp_t<GradOut>>();
   detail::check_outputs_at_compile_time<Scalar, GradQueries, GradKeys, GradValues>();
   constexpr detail::Require require("attention_backward");
   const auto& q = detail::stored(queries);
@@ -112,8 +112,9 @@ void attention_backward_into(const Queries& queries, const Keys& keys, const Val
   const auto& v = detail::stored(values);
   const auto& o = detail::stored(out);
   const auto& l = detail::stored(log_sum_exp);
-  const auto& g = detail::stored(grad_out);
-  const detail::Upstream<Scalar> upstream{detail::view(o), detail::view(l), detail::view(g)};
+  const auto& g = detail::stored(detail::grad_out_of(grad_out));
+  const auto& gl = detail::stored(detail::grad_log_sum_exp_of(grad_out));
+  const auto upstream = detail::upstream_of<GradOut>(o, l, g, gl);
   const detail::GradientOutputs<Scalar> gradients{
       detail::view(grad_queries), detail::view(grad_keys), detail::view(grad_values), {}};
   detail::run_backward(detail::attention_operands(q, k, v, options, require), upstream, gradients,
@@ -179,7 +180,9 @@ auto attention_forward(const Queries& queries, const Keys& keys, const Values& v
 ///     dP = dO·Vᵀ,   D_i = dO_i·O_i,   dS = W∘(dP − D),
 ///     dQ = β·dS·K,   dK = β·dSᵀ·Q,   dV = Wᵀ·dO,
 ///
-/// summed over the query heads that share a key/value head. W is recomputed from
+/// summed over the query heads that share a key/value head. Where the loss depends on log_sum_exp
+/// too, give ForwardGradients{grad_out, grad_log_sum_exp} for grad_out: then D_i = dO_i·O_i − dL_i.
+/// W is recomputed from
 /// forward.log_sum_exp, so `forward` must come from attention_forward with the same inputs, options
 /// and terms. A query that sees no key gets and gives gradient 0; so does a key that no query sees.
 /// Where terms have parameters (Alibi{slopes}, AdditiveBias{b}), the result holds their gradients
@@ -192,7 +195,8 @@ template <class Queries, class Keys, class Values, class Scalar, class GradOut, 
 auto attention_backward(const Queries& queries, const Keys& keys, const Values& values,
                         const Forward<Scalar>& forward, const GradOut& grad_out,
                         const Options& options = {}, const Terms&... terms) {
-  detail::check_inputs_at_compile_time<Queries, Keys, Values, Matrix<Scalar>, GradOut>();
+  detail::check_inputs_at_compile_time<Queries, Keys, Values, Matrix<Scalar>,
+                                       detail::grad_out_t<GradOut>>();
   constexpr detail::Require require("attention_backward");
   const auto shape = require.shapes(detail::extent(queries), detail::extent(keys),
                                     detail::extent(values), options.heads, options.sequences);

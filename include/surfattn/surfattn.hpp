@@ -7,6 +7,7 @@
 #include <surfattn/executor.hpp>
 #include <surfattn/layers.hpp>
 #include <surfattn/options.hpp>
+#include <surfattn/partials.hpp>
 #include <surfattn/sequences.hpp>
 #include <surfattn/surface.hpp>
 #include <surfattn/terms.hpp>

@@ -59,6 +59,17 @@ struct Forward {
   Matrix<accumulator_t<Scalar>> log_sum_exp;
 };
 
+/// The gradient of a loss that depends on both results of a forward pass: given to a backward pass
+/// in the place of grad_out. A Forward may hold it as well. References, to be used within the call.
+template <class Out, class LogSumExp>
+struct ForwardGradients {
+  const Out& out;  ///< ∂loss/∂out, Tq × (Hq·dv)
+  /// ∂loss/∂log_sum_exp, Tq × Hq; not read where a query sees no key
+  const LogSumExp& log_sum_exp;
+};
+template <class Out, class LogSumExp>
+ForwardGradients(const Out&, const LogSumExp&) -> ForwardGradients<Out, LogSumExp>;
+
 /// Gradients of a loss with respect to the inputs of `attention`, each of its input's shape.
 template <class Scalar>
 struct AttentionGradients {

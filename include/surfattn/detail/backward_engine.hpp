@@ -133,7 +133,7 @@ struct Turns {
 ///
 ///     S = scale·Q·Kᵀ + b,       W = exp(S − L)
 ///     O = W·V                   dP = dO·Vᵀ,   dV += Wᵀ·dO
-///     W = softmax(S)            dS = W∘(dP − D),   D_i = dO_i·O_i
+///     W = softmax(S)            dS = W∘(dP − D),   D_i = dO_i·O_i − dL_i
 ///     b_j                       c_j += Σ_i dS_ij
 ///     S = scale·Q·Kᵀ            dQ += scale·dS·K,   dK += dSᵀ·(scale·Q)
 ///     b_j = w‖k_j‖² + …         dk_j += 2w·c_j·k_j     (once, at the end)
@@ -249,7 +249,7 @@ class BackwardTask {
               Accumulator(0));
   }
 
-  /// log Σ_j exp S_ij, in units of ln 2, and D_i = dO_i·O_i. A row that saw no key has L = −∞; any
+  /// log Σ_j exp S_ij, in units of ln 2, and D_i = dO_i·O_i − dL_i. A row that saw no key has L = −∞; any
   /// finite number in its place gives it weights exp(−∞) = 0.
   void load_row_statistics(const Tile& tile, MatrixView<const Scalar> grad_out,
                            MatrixView<const Scalar> out) {
@@ -263,6 +263,8 @@ class BackwardTask {
           sees_a_key ? (log_sum_exp - offset) * simd::log2_e<Accumulator> : Accumulator(0);
     }
     simd::row_products(grad_out, out, buffers_.delta);
+    for (Index i = 0; upstream_.grad_log_sum_exp && i < tile.queries; ++i)
+      buffers_.delta[i] -= upstream_.grad_log_sum_exp_of(tile.first_query + i, tile.head);
   }
 
   void visit_tile(const Tile& tile, Coverage coverage, Index key_tile) {

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <limits>
 #include <optional>
 #include <surfattn/detail/require.hpp>
 #include <surfattn/detail/view.hpp>
@@ -84,10 +85,38 @@ struct Upstream {
   MatrixView<const Scalar> out;
   MatrixView<const accumulator_t<Scalar>> log_sum_exp;
   MatrixView<const Scalar> grad_out;
+  /// absent where the loss does not depend on it
+  std::optional<MatrixView<const accumulator_t<Scalar>>> grad_log_sum_exp = {};
+
+  /// ∂loss/∂L_i; a row that saw no key has none, whatever stands there.
+  accumulator_t<Scalar> grad_log_sum_exp_of(Index query, Index head) const {
+    using Accumulator = accumulator_t<Scalar>;
+    const bool counts = grad_log_sum_exp &&
+                        log_sum_exp(query, head) != -std::numeric_limits<Accumulator>::infinity();
+    return counts ? (*grad_log_sum_exp)(query, head) : Accumulator(0);
+  }
 
   Upstream of_sequence(const Shape& sequence) const {
-    return {query_rows(out, sequence), query_rows(log_sum_exp, sequence),
-            query_rows(grad_out, sequence)};
+    Upstream one{query_rows(out, sequence), query_rows(log_sum_exp, sequence),
+                 query_rows(grad_out, sequence)};
+    if (grad_log_sum_exp) one.grad_log_sum_exp = query_rows(*grad_log_sum_exp, sequence);
+    return one;
+  }
+};
+
+/// r_i = Σ_j dS_ij of the raw scores of one sequence. Where no term changes them it is ∂loss/∂L_i, for
+/// the gradient of a softmax alone sums to 0.
+template <class Scalar>
+struct RawRowSums {
+  using Accumulator = accumulator_t<Scalar>;
+
+  const Accumulator* sums = nullptr;  ///< at head·Tq + i, where terms change the scores
+  Upstream<Scalar> upstream = {};
+
+  bool are_zero() const { return !sums && !upstream.grad_log_sum_exp; }
+  Accumulator of(Index head, Index query) const {
+    return sums ? sums[head * upstream.out.rows + query]
+                : upstream.grad_log_sum_exp_of(query, head);
   }
 };
 

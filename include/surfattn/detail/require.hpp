@@ -204,20 +204,21 @@ class Require {
 
   /// Offsets of n sequences are n + 1 numbers from 0 to the number of rows that never decrease.
   void check_offsets(const char* argument, Extent extent, const IntegerView& offsets) const {
-    const std::string name = std::string("sequences: the offsets of ") + argument;
+    const auto fail_offsets = [&](const std::string& sentence) {
+      fail(std::string("sequences: the offsets of ") + argument + " must " + sentence);
+    };
     const Index last = offsets.size() - 1;
-    if (last < 0) fail(name + " must be one more than the sequences, but there are none");
-    if (offsets[0] != 0)
-      fail(name + " must begin at 0, but begin at " + std::to_string(offsets[0]));
+    if (last < 0) fail_offsets("be one more than the sequences, but there are none");
+    if (offsets[0] != 0) fail_offsets("begin at 0, but begin at " + std::to_string(offsets[0]));
     for (Index s = 0; s < last; ++s) {
       if (offsets[s] <= offsets[s + 1]) continue;
-      fail(name + " must not decrease, but offset " + std::to_string(s) + " is " +
-           std::to_string(offsets[s]) + " and offset " + std::to_string(s + 1) + " is " +
-           std::to_string(offsets[s + 1]));
+      fail_offsets("not decrease, but offset " + std::to_string(s) + " is " +
+                   std::to_string(offsets[s]) + " and offset " + std::to_string(s + 1) + " is " +
+                   std::to_string(offsets[s + 1]));
     }
     if (offsets[last] == extent.rows) return;
-    fail(name + " must end at the number of rows, but end at " + std::to_string(offsets[last]) +
-         " and " + argument + " is " + words(extent));
+    fail_offsets("end at the number of rows, but end at " + std::to_string(offsets[last]) +
+                 " and " + argument + " is " + words(extent));
   }
 
   const char* function_;
