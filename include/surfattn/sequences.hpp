@@ -39,8 +39,32 @@ class IntegerView {
 
   Index size() const { return size_; }
 
+  IntegerView part(Index first, Index count) const {
+    IntegerView part = *this;
+    part.data_ = static_cast<const char*>(data_) + first * (is_wide_ ? 8 : 4);
+    part.size_ = count;
+    return part;
+  }
+
+  bool is_sorted() const {
+    for (Index place = 1; place < size_; ++place) {
+      if ((*this)[place] < (*this)[place - 1]) return false;
+    }
+    return true;
+  }
+
   Index operator[](Index place) const {
     return is_wide_ ? read<std::int64_t>(place) : read<std::int32_t>(place);
+  }
+
+  /// Calls `use` with a function that reads a number at a place, for use in loops.
+  template <class Use>
+  void with_reader(const Use& use) const {
+    if (is_wide_) {
+      use([this](Index place) { return read<std::int64_t>(place); });
+    } else {
+      use([this](Index place) { return read<std::int32_t>(place); });
+    }
   }
 
  private:

@@ -131,10 +131,11 @@ auto with_upstream(const Problem<Scalar>& p, Loss loss, const Matrix<Scalar>& gr
   return loss == Loss::of_out ? use(grad_out) : use(ForwardGradients{grad_out, p.grad_log_sum_exp});
 }
 
-/// Standard form: engine in Scalar, plain in Scalar, exact in High.
-template <class Scalar, class High>
-void check_standard_form(const Problem<Scalar>& p, MaskKind mask_kind, Loss loss) {
-  const auto mask = dense_mask(mask_kind, p.queries.rows(), p.keys.rows());
+/// Standard form: engine in Scalar, plain in Scalar, exact in High. `with(use)` calls `use` with the
+/// terms that stand for the mask.
+template <class Scalar, class High, class With>
+void check_standard_form(const Problem<Scalar>& p, const reference::Mask& mask, Loss loss,
+                         const With& with) {
   const reference::Heads heads{p.sizes.query_heads, p.sizes.key_value_heads};
   const double scale = 0.625 / std::sqrt(static_cast<double>(std::max<Index>(p.sizes.head_dim, 1)));
   const Options options{.scale = scale, .heads = p.heads};
@@ -159,7 +160,7 @@ void check_standard_form(const Problem<Scalar>& p, MaskKind mask_kind, Loss loss
       one.grad_log_sum_exp = doubles(grad_log_sum_exp<High>(p, loss, exact.log_sum_exp)).col(head);
     whole.add(ErrorModel<Scalar>(one).bounds(), head);
   }
-  with_terms(mask_kind, p.queries.rows(), p.keys.rows(), [&](const auto&... terms) {
+  with([&](const auto&... terms) {
     const auto fast = attention_forward(p.queries, p.keys, p.values, options, terms...);
     check_error("out", fast.out, plain.out, exact.out, whole.sum.out);
     check_error("log_sum_exp", fast.log_sum_exp, plain.log_sum_exp, exact.log_sum_exp,
@@ -206,10 +207,10 @@ KeyPrior library_prior(PriorKind prior, const Matrix<Scalar>& log_prior) {
 
 /// Surface form, likewise. With the sdpa prior the loss is one of the projection alone: the
 /// log-sum-exp is then not the reference's, which has the norm of the query.
-template <class Scalar, class High>
-void check_surface_form(const Problem<Scalar>& p, MaskKind mask_kind, PriorKind prior, Loss loss) {
+template <class Scalar, class High, class With>
+void check_surface_form(const Problem<Scalar>& p, const reference::Mask& mask, PriorKind prior,
+                        Loss loss, const With& with) {
   if (prior == PriorKind::sdpa) loss = Loss::of_out;
-  const auto mask = dense_mask(mask_kind, p.queries.rows(), p.keys.rows());
   const reference::Heads heads{p.sizes.query_heads, p.sizes.key_value_heads};
   const double bandwidth =
       1.25 * std::pow(static_cast<double>(std::max<Index>(p.sizes.head_dim, 1)), 0.25);
@@ -261,7 +262,7 @@ void check_surface_form(const Problem<Scalar>& p, MaskKind mask_kind, PriorKind 
   }
   const SurfaceOptions options{
       .heads = p.heads, .bandwidth = bandwidth, .prior = library_prior(prior, p.log_prior)};
-  with_terms(mask_kind, p.queries.rows(), p.keys.rows(), [&](const auto&... terms) {
+  with([&](const auto&... terms) {
     const auto fast = project_forward(p.queries, p.keys, options, terms...);
     check_error("projection", fast.out, plain.out, exact.out, whole.sum.out);
     check_error("log_sum_exp", fast.log_sum_exp, plain.log_sum_exp, exact.log_sum_exp,
@@ -325,8 +326,12 @@ void check_odd_sizes(double most_products) {
                     << s.value_dim << ", heads " << s.query_heads << " and " << s.key_value_heads
                     << ", mask " << int(mask) << ", prior " << int(prior) << ", loss "
                     << int(loss));
-    check_standard_form<Scalar, High>(problem, mask, loss);
-    check_surface_form<Scalar, High>(problem, mask, prior, loss);
+    const auto with = [&](const auto& use) {
+      with_terms(mask, problem.queries.rows(), problem.keys.rows(), use);
+    };
+    const auto dense = dense_mask(mask, problem.queries.rows(), problem.keys.rows());
+    check_standard_form<Scalar, High>(problem, dense, loss, with);
+    check_surface_form<Scalar, High>(problem, dense, prior, loss, with);
   }
 }
 

@@ -209,13 +209,13 @@ class BackwardTask {
   void visit_queries(Index head, Index first_query, Index queries, Index turn) {
     bool packed = false;
     for (Index n = 0; n < key_tiles(); ++n) {
-      const Tile tile = terms_.trim({head, first_query, queries, first_key_of(n), keys_of(n)},
-                                    simd::panel_width<Accumulator>);
-      const Coverage coverage = tile.keys > 0 ? terms_.coverage(tile) : Coverage::empty;
-      if (coverage == Coverage::empty) continue;
-      if (!packed) load_queries(tile);
-      packed = true;
-      visit_tile(tile, coverage, n);
+      const Tile whole{head, first_query, queries, first_key_of(n), keys_of(n)};
+      terms_.each_part(whole, simd::panel_width<Accumulator>,
+                       [&](const Tile& tile, Coverage coverage) {
+                         if (!packed) load_queries(tile);
+                         packed = true;
+                         visit_tile(tile, coverage, n);
+                       });
     }
     turns_.wait_for(turn);
     if (packed) add_to_grad_queries(head, first_query, queries);

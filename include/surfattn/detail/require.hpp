@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <optional>
 #include <string>
@@ -50,6 +51,8 @@ struct Shape {
   Index first_key = 0;
   Index packed_queries = 0;  ///< rows of the whole batch
   Index packed_keys = 0;
+  Index longest_queries = 0;  ///< of all its sequences
+  Index longest_keys = 0;
 
   /// The part of the batch that is one sequence.
   Shape of_sequence(Index index) const {
@@ -118,6 +121,11 @@ class Require {
     shape.sequences = sequences;
     shape.packed_queries = shape.queries;
     shape.packed_keys = shape.keys;
+    for (Index s = 0; s < sequences.count(); ++s) {
+      const Shape one = shape.of_sequence(s);
+      shape.longest_queries = std::max(shape.longest_queries, one.queries);
+      shape.longest_keys = std::max(shape.longest_keys, one.keys);
+    }
     return shape;
   }
 
