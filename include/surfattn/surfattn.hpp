@@ -5,6 +5,7 @@
 #include <surfattn/attention.hpp>
 #include <surfattn/error.hpp>
 #include <surfattn/executor.hpp>
+#include <surfattn/inspect.hpp>
 #include <surfattn/layers.hpp>
 #include <surfattn/options.hpp>
 #include <surfattn/partials.hpp>
