@@ -186,6 +186,57 @@ TEST_CASE("equal weights have the largest entropy, and neighbours in order", "[i
   CHECK(first.keys(0, 2) == 2);
 }
 
+TEST_CASE("each stage shows what the terms before it did", "[inspect]") {
+  std::mt19937_64 random = seeded_random();
+  CAPTURE(seed());
+  const Problem<double> p({30, 90, 5, 5, 4, 2}, random);
+  const Matrix<double> bias = random_matrix<double>(30, 90, random);
+  const Matrix<double> logits = random_matrix<double>(1, 4, random);
+  const auto check = [&](const auto& scores_at, const auto& forward) {
+    const Matrix<double> raw = scores_at(Stage::raw), modified = scores_at(Stage::modified),
+                         biased = scores_at(Stage::biased), masked = scores_at(Stage::masked),
+                         weights = scores_at(Stage::normalised);
+    check_close(modified, (2 * (raw.array() / 2).tanh()).matrix());
+    check_close(biased, modified + bias.replicate(1, 4));
+    Matrix<double> hidden = biased, expected(30, 360), entropy(30, 4);
+    for (Index i = 0; i < 30; ++i) {
+      for (Index j = 0; j < 360; ++j) {
+        if (j % 90 >= 70) hidden(i, j) = -infinity;
+        expected(i, j) = std::exp(hidden(i, j) - forward.log_sum_exp(i, j / 90));
+      }
+      for (Index h = 0; h < 4; ++h) {
+        const auto w = expected.row(i).segment(90 * h, 70).array();
+        entropy(i, h) = -(w * w.log()).sum();
+      }
+    }
+    check_close(masked, hidden);
+    check_close(weights, expected);
+    CHECK(weights.row(0).leftCols(90).sum() < 1);  // the sink has its share
+    return entropy;
+  };
+  const Options options{.scale = 0.7, .heads = p.heads};
+  const auto with = [&](const auto& use) {
+    return use(SoftCap{2}, AdditiveBias{bias}, KeyLengths(70), Sink{logits});
+  };
+  with([&](const auto&... terms) {
+    const auto entropy = check(
+        [&](Stage stage) {
+          return attention_scores(p.queries, p.keys, {.stage = stage}, options, terms...);
+        },
+        attention_forward(p.queries, p.keys, p.values, options, terms...));
+    check_close(attention_entropy(p.queries, p.keys, options, terms...), entropy);
+  });
+  const SurfaceOptions surface{.heads = p.heads, .bandwidth = 1.7};
+  with([&](const auto&... terms) {
+    const auto entropy = check(
+        [&](Stage stage) {
+          return projection_scores(p.queries, p.keys, {.stage = stage}, surface, terms...);
+        },
+        project_forward(p.queries, p.keys, surface, terms...));
+    check_close(projection_entropy(p.queries, p.keys, surface, terms...), entropy);
+  });
+}
+
 TEST_CASE("what cannot be inspected is named", "[inspect][errors]") {
   const Matrix<double> points = Matrix<double>::Zero(4, 3);
   CHECK_THROWS_WITH(attention_scores(points, points, {.first_query = 2, .queries = 3}),

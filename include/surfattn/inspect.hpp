@@ -20,9 +20,11 @@ namespace surfattn {
 
 /// How far a score has come.
 enum class Stage {
-  raw,         ///< S_ij as the form defines it, before any term; what a mask will hide shows
+  raw,         ///< S_ij as the form defines it, before any term
+  modified,    ///< after the modifiers
+  biased,      ///< after the biases; what a mask will hide still shows
   masked,      ///< −∞ where a term hides the key
-  normalised,  ///< W_ij = softmax of the row; 0 where hidden
+  normalised,  ///< W_ij = softmax of the row, sinks included, before dropout; 0 where hidden
 };
 
 /// Which scores to look at.
@@ -62,10 +64,10 @@ class ScoreReader {
   }
 
   /// Calls visit(tile, scores, row_stride) for tiles of up to most_queries queries of one head, from
-  /// the first key to the last: in units of ln 2, and without what is the same for a whole row.
-  /// With `masked`, what the terms hide is −∞, and tiles that they leave empty are left out.
+  /// the first key to the last: in units of ln 2, and without row_offset. From Stage::masked on, what
+  /// the terms hide is −∞, and tiles that they leave empty are left out.
   template <class Visit>
-  void read(Index head, Index first_query, Index queries, bool masked, const Visit& visit) {
+  void read(Index head, Index first_query, Index queries, Stage stage, const Visit& visit) {
     const Shape& shape = operands_.shape;
     simd::pack_left(operands_.query_head(head).block_rows(first_query, queries),
                     log2_scale(operands_), queries_);
@@ -80,17 +82,33 @@ class ScoreReader {
         score_tile<Accumulator>(tile, shape.head_dim,
                                 simd::packed_left(queries_, shape.head_dim, Index(0), tile.queries),
                                 keys_ + offset * shape.head_dim, bias_ + offset, scores);
+        if (stage == Stage::modified) modify_scores(operands_, terms_, tile, scores);
+        if (stage >= Stage::biased) finish_scores(operands_, terms_, tile, scores);
         if (coverage == Coverage::partial)
           terms_.hide(tile, scores_, stride_, simd::minus_infinity<Accumulator>);
         visit(tile, static_cast<const Accumulator*>(scores_), stride_);
       };
       const Tile whole{head, first_query, queries, key, keys};
-      if (masked) {
+      if (stage >= Stage::masked) {
         terms_.each_part(whole, simd::panel_width<Accumulator>, form);
       } else {
         form(whole, Coverage::full);
       }
     }
+  }
+
+  /// What all scores of a row have besides, in natural units.
+  Accumulator row_offset(Index head, Index query, Stage stage) const {
+    return stage == Stage::raw ? query_offset(operands_, head, query)
+                               : offset_beside_scores<Terms>(operands_, head, query);
+  }
+
+  /// Calls use(logit) for each sink of a head, in units of ln 2.
+  template <class Use>
+  void each_sink(Index head, const Use& use) const {
+    terms_.each_sink([&](const auto& sink) {
+      use(sink.template logit<Accumulator>(head) * simd::log2_e<Accumulator>);
+    });
   }
 
  private:
@@ -109,42 +127,56 @@ class ScoreReader {
   Accumulator *queries_ = nullptr, *keys_ = nullptr, *bias_ = nullptr, *scores_ = nullptr;
 };
 
-/// Over the keys that arrive: m = max S, l = Σ 2^(S − m), t = Σ 2^(S − m)·(S − m).
+/// Over the keys that arrive: m = max S, l = Σ 2^(S − m), t = Σ 2^(S − m)·(S − m); and l with what
+/// sinks add to it.
 template <class Accumulator>
 struct RunningEntropy {
   Accumulator maximum = simd::minus_infinity<Accumulator>;
-  Accumulator sum{0}, moment{0};
+  Accumulator seen{0}, sum{0}, moment{0};
 
   void add(const Accumulator* scores, Index keys) {
-    const Accumulator before = maximum;
-    for (Index j = 0; j < keys; ++j) {
-      if (!(scores[j] <= maximum)) maximum = scores[j];  // a NaN stays
-      if (std::isnan(maximum)) break;
+    Accumulator largest = maximum;
+    for (Index j = 0; j < keys && !std::isnan(largest); ++j) {
+      if (!(scores[j] <= largest)) largest = scores[j];  // a NaN stays
     }
-    if (maximum == simd::minus_infinity<Accumulator>) return;
-    if (before != maximum && sum > Accumulator(0)) {
-      const Accumulator shrunk = std::exp2(before - maximum);
-      moment = shrunk * (moment + (before - maximum) * sum);
-      sum *= shrunk;
-    }
+    if (largest == simd::minus_infinity<Accumulator>) return;
+    rescale(largest);
     for (Index j = 0; j < keys; ++j) {
       const Accumulator difference = scores[j] - maximum, weight = std::exp2(difference);
       if (weight == Accumulator(0)) continue;
+      seen += weight;
       sum += weight;
       moment += weight * difference;
     }
   }
 
-  /// m + log₂ l; −∞ where no key was seen.
+  void add_sink(Accumulator logit) {
+    if (logit == simd::minus_infinity<Accumulator>) return;
+    if (!(logit <= maximum)) rescale(logit);
+    sum += std::exp2(logit - maximum);
+  }
+
+  /// m + log₂ l, sinks included; −∞ where there is nothing.
   Accumulator log_sum_exp() const {
     return sum == Accumulator(0) ? simd::minus_infinity<Accumulator> : maximum + std::log2(sum);
   }
 
-  /// −Σ W·ln W = ln2·(log₂ l − t/l); −∞ where no key was seen.
+  /// −Σ W·ln W over the keys; −∞ where none was seen.
   Accumulator entropy() const {
-    if (sum == Accumulator(0)) return simd::minus_infinity<Accumulator>;
-    const Accumulator bits = std::log2(sum) - moment / sum;
+    if (seen == Accumulator(0)) return simd::minus_infinity<Accumulator>;
+    const Accumulator bits = (seen * std::log2(sum) - moment) / sum;
     return bits < Accumulator(0) ? Accumulator(0) : bits * simd::ln_2<Accumulator>;
+  }
+
+ private:
+  void rescale(Accumulator largest) {
+    if (sum > Accumulator(0)) {
+      const Accumulator shrunk = std::exp2(maximum - largest);
+      if (seen > Accumulator(0)) moment = shrunk * (moment + (maximum - largest) * seen);
+      seen *= shrunk;
+      sum *= shrunk;
+    }
+    maximum = largest;
   }
 };
 
@@ -179,16 +211,24 @@ void each_block(const Operands<Scalar>& batch, const Require& require, Index fir
       terms...);
 }
 
+template <class Reader, class Accumulator>
+void add_sinks(const Reader& reader, Index head, std::vector<RunningEntropy<Accumulator>>& rows) {
+  reader.each_sink(head, [&](Accumulator logit) {
+    for (auto& row : rows) row.add_sink(logit);
+  });
+}
+
 /// log₂ Σ_j 2^S_ij and the entropies of a block.
 template <class Accumulator, class Reader>
 std::vector<RunningEntropy<Accumulator>> read_entropy(Reader& reader, Index head, Index query,
                                                       Index queries) {
   std::vector<RunningEntropy<Accumulator>> rows(static_cast<std::size_t>(queries));
-  reader.read(head, query, queries, true,
+  reader.read(head, query, queries, Stage::masked,
               [&](const Tile& tile, const Accumulator* scores, Index stride) {
                 for (Index i = 0; i < queries; ++i)
                   rows[static_cast<std::size_t>(i)].add(scores + i * stride, tile.keys);
               });
+  add_sinks(reader, head, rows);
   return rows;
 }
 
@@ -203,7 +243,7 @@ Matrix<Scalar> inspect_scores(const Operands<Scalar>& batch, const ScoresAt& at,
                  " from " + std::to_string(at.first_query) + " and queries is " +
                  words(shape.queries_extent()));
   }
-  const bool masked = at.stage != Stage::raw, normalised = at.stage == Stage::normalised;
+  const bool masked = at.stage >= Stage::masked, normalised = at.stage == Stage::normalised;
   Matrix<Scalar> result =
       Matrix<Scalar>::Constant(count, shape.query_heads * shape.longest_keys,
                                normalised ? Scalar(0) : -std::numeric_limits<Scalar>::infinity());
@@ -213,13 +253,13 @@ Matrix<Scalar> inspect_scores(const Operands<Scalar>& batch, const ScoresAt& at,
         std::vector<RunningEntropy<Accumulator>> sums;
         if (normalised) sums = read_entropy<Accumulator>(reader, head, query, queries);
         const Index row = one.shape.first_query + query - at.first_query;
-        reader.read(head, query, queries, masked,
+        reader.read(head, query, queries, at.stage,
                     [&](const Tile& tile, const Accumulator* scores, Index stride) {
                       for (Index i = 0; i < queries; ++i) {
                         const Accumulator origin =
-                            normalised
-                                ? sums[static_cast<std::size_t>(i)].log_sum_exp()
-                                : -query_offset(one, head, query + i) * simd::log2_e<Accumulator>;
+                            normalised ? sums[static_cast<std::size_t>(i)].log_sum_exp()
+                                       : -reader.row_offset(head, query + i, at.stage) *
+                                             simd::log2_e<Accumulator>;
                         for (Index j = 0; j < tile.keys; ++j) {
                           const Accumulator score = scores[i * stride + j];
                           if (masked && score == simd::minus_infinity<Accumulator>) continue;
@@ -294,7 +334,7 @@ Neighbours<Scalar> inspect_neighbours(const Operands<Scalar>& batch, Index count
           return LargestScores<Accumulator>{kept.data() + i * count,
                                             &result.keys(row + i, head * count), count};
         };
-        reader.read(head, query, queries, true,
+        reader.read(head, query, queries, Stage::masked,
                     [&](const Tile& tile, const Accumulator* scores, Index stride) {
                       for (Index i = 0; i < queries; ++i) {
                         sums[static_cast<std::size_t>(i)].add(scores + i * stride, tile.keys);
@@ -302,6 +342,7 @@ Neighbours<Scalar> inspect_neighbours(const Operands<Scalar>& batch, Index count
                           largest(i).add(scores[i * stride + j], tile.first_key + j);
                       }
                     });
+        add_sinks(reader, head, sums);
         for (Index i = 0; i < queries; ++i) {
           for (Index n = 0; n < count && largest(i).keys[n] >= 0; ++n) {
             result.weights(row + i, head * count + n) = static_cast<Scalar>(

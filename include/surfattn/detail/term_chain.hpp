@@ -83,13 +83,17 @@ class TermChain {
         [&](const auto& term) { return detail::hide(term, tile, data, row_stride, value), true; });
   }
 
-  /// Modifiers, in the order in which they are listed, and then biases.
+  /// Modifiers, in the order in which they are listed.
   template <class Accumulator>
-  void change_scores(const Tile& tile, simd::Tile<Accumulator> scores,
+  void modify_scores(const Tile& tile, simd::Tile<Accumulator> scores,
                      const TermRecords<Accumulator, records>& kept) const {
     each([&]<std::size_t index>(const auto& term) {
       if constexpr (ScoreModifier<Term<index>>) term.modify(tile, scores, kept[modifier<index>()]);
     });
+  }
+
+  template <class Accumulator>
+  void add_biases(const Tile& tile, simd::Tile<Accumulator> scores) const {
     each([&]<std::size_t index>(const auto& term) {
       if constexpr (ScoreBias<Term<index>>) term.add_to(tile, scores);
     });
