@@ -1,0 +1,128 @@
+// Memory of other shapes, through views alone: packed projections, heads before tokens, values within
+// keys, and a past that is not copied.
+#include <Eigen/Core>
+#include <random>
+#include <surfattn/surfattn.hpp>
+#include <vector>
+
+#include "support/catch.hpp"
+#include "support/problem.hpp"
+#include "support/random.hpp"
+#include "support/same_bits.hpp"
+
+namespace {
+
+using namespace surfattn;
+using surfattn::test::Problem;
+using surfattn::test::random_matrix;
+using surfattn::test::same_bits;
+using surfattn::test::seed;
+using surfattn::test::seeded_random;
+using surfattn::test::Sizes;
+
+TEST_CASE("queries, keys and values may be blocks of one matrix, and so their gradients",
+          "[layouts]") {
+  std::mt19937_64 random = seeded_random();
+  CAPTURE(seed());
+  const Problem<float> p(Sizes{70, 70, 5, 3, 4, 2}, random);
+  const Causal causal{Align::top_left};
+  const Options options{.heads = p.heads};
+  const auto expected = attention_forward(p.queries, p.keys, p.values, options, causal);
+  const auto gradients =
+      attention_backward(p.queries, p.keys, p.values, expected, p.grad_out, options, causal);
+  Matrix<float> packed(70, 20 + 10 + 6), grad_packed = Matrix<float>::Constant(70, 36, NAN);
+  packed << p.queries, p.keys, p.values;
+  const auto q = packed.leftCols(20), k = packed.middleCols(20, 10), v = packed.rightCols(6);
+  const auto f = attention_forward(q, k, v, options, causal);
+  CHECK(same_bits(f.out, expected.out));
+  attention_backward_into(q, k, v, f.out, f.log_sum_exp, p.grad_out, grad_packed.leftCols(20),
+                          grad_packed.middleCols(20, 10), grad_packed.rightCols(6),
+                          Workspace(workspace_size(Pass::backward, q, k, v, options, causal)),
+                          options, causal);
+  CHECK(same_bits(grad_packed.leftCols(20), gradients.queries));
+  CHECK(same_bits(grad_packed.middleCols(20, 10), gradients.keys));
+  CHECK(same_bits(grad_packed.rightCols(6), gradients.values));
+}
+
+/// (batch, length, heads·width) → (batch, heads, length, width).
+Matrix<float> heads_first(const Matrix<float>& tokens, Index batch, Index heads) {
+  const Index length = tokens.rows() / batch, width = tokens.cols() / heads;
+  Matrix<float> rows(batch * heads * length, width);
+  for (Index b = 0; b < batch; ++b) {
+    for (Index h = 0; h < heads; ++h) {
+      rows.middleRows((b * heads + h) * length, length) =
+          tokens.block(b * length, h * width, length, width);
+    }
+  }
+  return rows;
+}
+
+TEST_CASE("heads before tokens in memory are sequences of one head", "[layouts]") {
+  std::mt19937_64 random = seeded_random();
+  CAPTURE(seed());
+  const Index batch = 3, heads = 4;
+  const Problem<float> p(Sizes{batch * 40, batch * 90, 5, 3, heads, heads}, random);
+  const Causal causal{Align::bottom_right};
+  const Options tokens_first{.heads = {.query = heads}, .sequences = Sequences::equal(batch)};
+  const Options heads_as_sequences{.sequences = Sequences::equal(batch * heads)};
+  const auto expected = attention_forward(p.queries, p.keys, p.values, tokens_first, causal);
+  const auto gradients =
+      attention_backward(p.queries, p.keys, p.values, expected, p.grad_out, tokens_first, causal);
+  const auto q = heads_first(p.queries, batch, heads), k = heads_first(p.keys, batch, heads),
+             v = heads_first(p.values, batch, heads), g = heads_first(p.grad_out, batch, heads);
+  const auto f = attention_forward(q, k, v, heads_as_sequences, causal);
+  CHECK(same_bits(f.out, heads_first(expected.out, batch, heads)));
+  CHECK(same_bits(f.log_sum_exp, heads_first(expected.log_sum_exp, batch, heads)));
+  const auto h = attention_backward(q, k, v, f, g, heads_as_sequences, causal);
+  const auto agree = [](const Matrix<float>& a, const Matrix<float>& b) {
+    return (a - b).cwiseAbs().maxCoeff() <= 1e-5f * (1 + b.cwiseAbs().maxCoeff());
+  };
+  CHECK(agree(h.queries, heads_first(gradients.queries, batch, heads)));
+  CHECK(agree(h.keys, heads_first(gradients.keys, batch, heads)));
+  CHECK(agree(h.values, heads_first(gradients.values, batch, heads)));
+}
+
+TEST_CASE("values may be the left columns of the keys", "[layouts]") {
+  // as where a position is appended to a shared latent: several query heads, one key head
+  std::mt19937_64 random = seeded_random();
+  CAPTURE(seed());
+  const Index width = 12, read_out = 7;
+  const Problem<double> p(Sizes{20, 33, width, read_out, 4, 1}, random);
+  const Options options{.heads = p.heads};
+  const auto values = p.keys.leftCols(read_out);
+  const Matrix<double> copied = values;
+  const auto f = attention_forward(p.queries, p.keys, values, options);
+  CHECK(same_bits(f.out, attention(p.queries, p.keys, copied, options)));
+  const auto g = attention_backward(p.queries, p.keys, values, f, p.grad_out, options);
+  Matrix<double> grad_keys = g.keys;
+  grad_keys.leftCols(read_out) += g.values;
+  // against the derivative along a random direction
+  const Matrix<double> direction = random_matrix<double>(33, width, random);
+  const auto loss = [&](double step) {
+    const Matrix<double> moved = p.keys + step * direction;
+    return attention(p.queries, moved, moved.leftCols(read_out), options)
+        .cwiseProduct(p.grad_out)
+        .sum();
+  };
+  const double h = 1e-3;
+  const double slope = (8 * (loss(h) - loss(-h)) - (loss(2 * h) - loss(-2 * h))) / (12 * h);
+  CHECK(std::abs(grad_keys.cwiseProduct(direction).sum() - slope) <= 1e-8 * (1 + std::abs(slope)));
+}
+
+TEST_CASE("a past and new tokens attend as one, and the past is not copied", "[layouts]") {
+  std::mt19937_64 random = seeded_random();
+  CAPTURE(seed());
+  const Problem<double> p(Sizes{6, 206, 5, 3, 4, 2}, random);
+  const Options options{.heads = p.heads};
+  const auto whole =
+      attention_forward(p.queries, p.keys, p.values, options, Causal{Align::bottom_right});
+  const auto past =
+      attention_forward(p.queries, p.keys.topRows(200), p.values.topRows(200), options);
+  const auto present = attention_forward(p.queries, p.keys.bottomRows(6), p.values.bottomRows(6),
+                                         options, Causal{Align::top_left});
+  const auto merged = merge_partials(past, present);
+  CHECK((merged.out - whole.out).cwiseAbs().maxCoeff() <= 1e-13);
+  CHECK((merged.log_sum_exp - whole.log_sum_exp).cwiseAbs().maxCoeff() <= 1e-13);
+}
+
+}  // namespace
