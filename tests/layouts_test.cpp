@@ -82,31 +82,65 @@ TEST_CASE("heads before tokens in memory are sequences of one head", "[layouts]"
   CHECK(agree(h.values, heads_first(gradients.values, batch, heads)));
 }
 
-TEST_CASE("values may be the left columns of the keys", "[layouts]") {
-  // as where a position is appended to a shared latent: several query heads, one key head
+TEST_CASE("values may be the left columns of the keys, with one gradient", "[layouts]") {
   std::mt19937_64 random = seeded_random();
   CAPTURE(seed());
-  const Index width = 12, read_out = 7;
-  const Problem<double> p(Sizes{20, 33, width, read_out, 4, 1}, random);
-  const Options options{.heads = p.heads};
-  const auto values = p.keys.leftCols(read_out);
-  const Matrix<double> copied = values;
-  const auto f = attention_forward(p.queries, p.keys, values, options);
-  CHECK(same_bits(f.out, attention(p.queries, p.keys, copied, options)));
-  const auto g = attention_backward(p.queries, p.keys, values, f, p.grad_out, options);
-  Matrix<double> grad_keys = g.keys;
-  grad_keys.leftCols(read_out) += g.values;
-  // against the derivative along a random direction
-  const Matrix<double> direction = random_matrix<double>(33, width, random);
-  const auto loss = [&](double step) {
-    const Matrix<double> moved = p.keys + step * direction;
-    return attention(p.queries, moved, moved.leftCols(read_out), options)
-        .cwiseProduct(p.grad_out)
-        .sum();
-  };
-  const double h = 1e-3;
-  const double slope = (8 * (loss(h) - loss(-h)) - (loss(2 * h) - loss(-2 * h))) / (12 * h);
-  CHECK(std::abs(grad_keys.cwiseProduct(direction).sum() - slope) <= 1e-8 * (1 + std::abs(slope)));
+  // few queries and many; one key head and several; a width that fills whole packets and one that does not
+  for (const Index queries : {2, 150}) {
+    for (const Index key_heads : {1, 2}) {
+      for (const Index read_out : {0, 7, 12, 32, 40}) {
+        CAPTURE(queries, key_heads, read_out);
+        const Index width = 40, keys = 300;
+        const Problem<double> p(Sizes{queries, keys, width, read_out, 4, key_heads}, random);
+        const Options options{.heads = p.heads};
+        const Causal causal{Align::bottom_right};
+        Matrix<double> values(keys, key_heads * read_out);
+        for (Index h = 0; h < key_heads; ++h) {
+          values.middleCols(h * read_out, read_out) = p.keys.middleCols(h * width, read_out);
+        }
+        const LeftColumns columns{read_out};
+        const auto expected = attention_forward(p.queries, p.keys, values, options, causal);
+        const auto f = attention_forward(p.queries, p.keys, columns, options, causal);
+        const auto close = [](const Matrix<double>& a, const Matrix<double>& b) {
+          return a.rows() == b.rows() && a.cols() == b.cols() &&
+                 (a.size() == 0 || (a - b).cwiseAbs().maxCoeff() <= 1e-12);
+        };
+        CHECK(close(f.out, expected.out));
+        CHECK(same_bits(f.log_sum_exp, expected.log_sum_exp));
+        CHECK(same_bits(attention(p.queries, p.keys, columns, options, causal), f.out));
+        const auto two =
+            attention_backward(p.queries, p.keys, values, expected, p.grad_out, options, causal);
+        Matrix<double> grad_keys = two.keys;
+        for (Index h = 0; h < key_heads; ++h) {
+          grad_keys.middleCols(h * width, read_out) +=
+              two.values.middleCols(h * read_out, read_out);
+        }
+        const auto g =
+            attention_backward(p.queries, p.keys, columns, f, p.grad_out, options, causal);
+        CHECK(close(g.queries, two.queries));
+        CHECK(close(g.keys, grad_keys));
+        CHECK(g.values.size() == 0);
+        Matrix<double> grad_queries = p.queries, grad_into = p.keys;
+        attention_backward_into(
+            p.queries, p.keys, columns, f.out, f.log_sum_exp, p.grad_out, grad_queries, grad_into,
+            columns,
+            Workspace(workspace_size(Pass::backward, p.queries, p.keys, columns, options, causal)),
+            options, causal);
+        CHECK(same_bits(grad_into, g.keys));
+        CHECK(same_bits(grad_queries, g.queries));
+      }
+    }
+  }
+}
+
+TEST_CASE("more left columns than a key has are named", "[layouts][errors]") {
+  const Matrix<double> points = Matrix<double>::Zero(4, 6);
+  for (const Index columns : {4, -1}) {
+    CHECK_THROWS_WITH(attention(points, points, LeftColumns{columns}, {.heads = {.query = 2}}),
+                      surfattn::test::contains_text("surfattn::attention: LeftColumns must be "
+                                                    "between 0 and the width of a key") &&
+                          surfattn::test::contains_text("4×6 (2 heads)"));
+  }
 }
 
 TEST_CASE("a past and new tokens attend as one, and the past is not copied", "[layouts]") {

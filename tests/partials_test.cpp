@@ -148,8 +148,8 @@ TEST_CASE("the bandwidth's gradient does not need a key whose c_j is not 0", "[l
   const Matrix<double> cancelled = Matrix<double>::Zero(2, 1);
   const Matrix<double>& grad = grad_queries;
   // dβ = (1/β)·Σ q∘dq
-  CHECK(detail::scale_gradient<double>(operands, {}, 0, detail::view(grad),
-                                       detail::view(cancelled)) == (0.5 * 3 + 0.25 * 3) / 2);
+  CHECK(detail::scale_gradient<double>(operands, 0, detail::view(grad), detail::view(cancelled),
+                                       {}) == (0.5 * 3 + 0.25 * 3) / 2);
 }
 
 // ---- Parts -------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <ranges>
@@ -86,6 +87,24 @@ Scalar share_of_part(Scalar part, Scalar whole) {
   return part == -std::numeric_limits<Scalar>::infinity() ? Scalar(0) : std::exp(part - whole);
 }
 
+/// Σ_p exp(L_p − L)·O_p of the columns [first, last) of one query, a few at a time.
+template <class Parts, class Sum, class Out>
+void merge_row(const Parts& parts, Index query, Index head, Index first, Index last, Sum whole,
+               Out& out) {
+  constexpr Index most = 128;
+  Sum totals[most];
+  for (; first < last; first += most) {
+    const Index count = std::min(most, last - first);
+    std::fill(totals, totals + count, Sum(0));
+    for (const auto& part : parts) {
+      const Sum share = share_of_part(Sum(part.log_sum_exp(query, head)), whole);
+      if (share == Sum(0)) continue;
+      for (Index c = 0; c < count; ++c) totals[c] += share * Sum(part.out(query, first + c));
+    }
+    for (Index c = 0; c < count; ++c) out(query, first + c) = static_cast<scalar_t<Out>>(totals[c]);
+  }
+}
+
 /// The gradients of one part from those of the whole.
 template <class Part, class Whole, class Scalar>
 Forward<Scalar> part_gradient(const Part& part, const Whole& whole, const Matrix<Scalar>& grad_out,
@@ -138,14 +157,7 @@ void merge_partials_into(const Parts& parts, Out&& out, LogSumExp&& log_sum_exp)
   for (Index i = 0; i < out.rows(); ++i) {
     for (Index head = 0; head < heads; ++head) {
       const Sum whole = detail::merged_log_sum_exp(parts, i, head);
-      for (Index c = head * width; c < (head + 1) * width; ++c) {
-        Sum total(0);
-        for (const auto& part : parts) {
-          const Sum share = detail::share_of_part(Sum(part.log_sum_exp(i, head)), whole);
-          if (share != Sum(0)) total += share * Sum(part.out(i, c));
-        }
-        out(i, c) = static_cast<Scalar>(total);
-      }
+      detail::merge_row(parts, i, head, head * width, (head + 1) * width, whole, out);
       log_sum_exp(i, head) = whole;
     }
   }

@@ -51,6 +51,14 @@ struct Heads {
   std::optional<Index> key_value = {};
 };
 
+/// In the place of values: the value of a key is its own first `columns` numbers, of each head, and the
+/// rest of the key is not read out: dv = columns ≤ d. One matrix is then keys and values, packed once,
+/// and its gradient is one. So in attention to a shared latent with a position appended to it
+/// (DeepSeek-V2 2024, arXiv:2405.04434, section 2.1).
+struct LeftColumns {
+  Index columns;
+};
+
 /// The result of a forward pass, which is all that the backward pass needs besides the inputs.
 template <class Scalar>
 struct Forward {
@@ -75,7 +83,8 @@ template <class Scalar>
 struct AttentionGradients {
   Matrix<Scalar> queries;  ///< Tq × (Hq·d)
   Matrix<Scalar> keys;     ///< Tk × (Hkv·d)
-  Matrix<Scalar> values;   ///< Tk × (Hkv·dv)
+  Matrix<Scalar>
+      values;  ///< Tk × (Hkv·dv); of no size where the values are LeftColumns of the keys
 };
 
 /// `Gradients`, and those of the parameters of each trainable term, in the order in which the terms

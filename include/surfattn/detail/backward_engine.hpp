@@ -276,11 +276,12 @@ class BackwardTask {
                simd::packed_left(buffers_.queries.columns, shape_.head_dim, 0, tile.queries),
                keys.transposed_keys + offset * shape_.head_dim, keys.key_bias + offset, weights);
     finish_scores(operands_, terms_, tile, weights, term_task_.records());
+    const Index value_depth = operands_.values_are_keys ? shape_.head_dim : shape_.value_dim;
     simd::set_product<Accumulator>(
         tile.queries, tile.keys, shape_.value_dim,
         simd::packed_left(buffers_.grad_out.columns, shape_.value_dim, 0, tile.queries),
-        {keys.transposed_values + offset * shape_.value_dim,
-         shape_.value_dim * simd::panel_width<Accumulator>},
+        {keys.transposed_values + offset * value_depth,
+         value_depth * simd::panel_width<Accumulator>},
         grad_scores);
     term_task_.drop_gradients(tile, grad_scores);
     differentiate_softmax(tile, weights, grad_scores);

@@ -35,7 +35,8 @@ struct Operands {
   Shape shape;
   MatrixView<const Scalar> queries;
   MatrixView<const Scalar> keys;
-  MatrixView<const Scalar> values;  ///< the keys once more where `values_are_keys`
+  /// the keys once more where `values_are_keys`: the left columns of each head, if they are wider
+  MatrixView<const Scalar> values;
   /// Tk × Hkv, col_stride 0 where all heads share one; no data where there is none
   MatrixView<const Accumulator> log_prior;
   Accumulator scale{1};
@@ -50,7 +51,8 @@ struct Operands {
     return keys.block_cols(head * shape.head_dim, shape.head_dim);
   }
   MatrixView<const Scalar> value_head(Index head) const {
-    return values.block_cols(head * shape.value_dim, shape.value_dim);
+    return values.block_cols(head * (values_are_keys ? shape.head_dim : shape.value_dim),
+                             shape.value_dim);
   }
 
   /// The problem of one sequence of the batch.

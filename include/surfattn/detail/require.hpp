@@ -129,6 +129,23 @@ class Require {
     return shape;
   }
 
+  /// The extent of values that are a matrix, or columns of the keys.
+  template <class Keys, class Values>
+  Extent values_extent(const Keys& keys, const Values& values, const Heads& heads) const {
+    if constexpr (is_left_columns_v<Values>) {
+      const Index count = heads.key_value.value_or(heads.query);
+      const bool fits = count < 1 || values.columns * count <= keys.cols();
+      if (values.columns < 0 || !fits) {
+        fail("LeftColumns must be between 0 and the width of a key, but it is " +
+             std::to_string(values.columns) + " and keys is " + words(extent(keys)) + " (" +
+             std::to_string(count) + " heads)");
+      }
+      return {keys.rows(), values.columns * count};
+    } else {
+      return extent(values);
+    }
+  }
+
   void positive(const char* name, std::optional<double> value) const {
     if (!value || (*value > 0 && std::isfinite(*value))) return;
     fail(std::string(name) + " must be positive and finite, but is " + std::to_string(*value));

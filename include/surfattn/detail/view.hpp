@@ -97,6 +97,23 @@ auto view(T&& matrix) {
                              row_major ? matrix.innerStride() : matrix.outerStride()};
 }
 
+template <class T>
+inline constexpr bool is_left_columns_v = std::is_same_v<plain_t<T>, LeftColumns>;
+
+/// The matrix that holds the values.
+template <class Keys, class Values>
+using value_matrix_t = std::conditional_t<is_left_columns_v<Values>, Keys, Values>;
+
+/// `stored`, but for what only says where in the keys the values are.
+template <class T>
+decltype(auto) stored_values(const T& values) {
+  if constexpr (is_left_columns_v<T>) {
+    return (values);
+  } else {
+    return stored(values);
+  }
+}
+
 /// The gradients of both results of a forward pass.
 template <class T>
 concept GradientPair = requires(const T& gradient) {
