@@ -89,6 +89,48 @@ TEST_CASE("gradients through log_sum_exp of a projection agree with central diff
   }
 }
 
+TEST_CASE("gradients through log_sum_exp pass through every kind of term", "[log_sum_exp]") {
+  std::mt19937_64 random = seeded_random();
+  const Problem<double> p({8, 10, 3, 3, 4, 2}, random);
+  const Matrix<double> bias = random_matrix<double>(4, 5, random),
+                       logits = random_matrix<double>(1, 4, random);
+  const ForwardGradients gradient{p.grad_projection, p.grad_log_sum_exp};
+  const Sequences sequences = Sequences::equal(2);
+  const SurfaceOptions options{.heads = p.heads, .sequences = sequences, .bandwidth = 1.3};
+  const auto loss = [&](const auto& q, const auto& k, double bandwidth, const auto& b,
+                        const auto& sink) {
+    SurfaceOptions moved = options;
+    moved.bandwidth = bandwidth;
+    return loss_of(project_forward(q, k, moved, SoftCap{3}, AdditiveBias{b}, Sink{sink},
+                                   Causal{Align::bottom_right}),
+                   p.grad_projection, p.grad_log_sum_exp);
+  };
+  const auto with = [&](const auto& use) {
+    return use(SoftCap{3}, AdditiveBias{bias}, Sink{logits}, Causal{Align::bottom_right});
+  };
+  const auto f = with(
+      [&](const auto&... terms) { return project_forward(p.queries, p.keys, options, terms...); });
+  const auto g = with([&](const auto&... terms) {
+    return project_backward(p.queries, p.keys, f, gradient, options, terms...);
+  });
+  check_by_differences(
+      "queries", [&](const auto& x) { return loss(x, p.keys, 1.3, bias, logits); }, p.queries,
+      g.queries);
+  check_by_differences(
+      "keys", [&](const auto& x) { return loss(p.queries, x, 1.3, bias, logits); }, p.keys, g.keys);
+  check_by_differences(
+      "bias", [&](const auto& x) { return loss(p.queries, p.keys, 1.3, x, logits); }, bias,
+      std::get<0>(g.terms));
+  check_by_differences(
+      "sink", [&](const auto& x) { return loss(p.queries, p.keys, 1.3, bias, x); }, logits,
+      std::get<1>(g.terms));
+  const auto check = check_gradient(
+      [&](double bandwidth) { return loss(p.queries, p.keys, bandwidth, bias, logits); }, 1.3,
+      g.bandwidth, {.tolerance = 1e-8});
+  INFO("bandwidth: " << check);
+  CHECK(check.passed());
+}
+
 TEST_CASE("a zero gradient of log_sum_exp changes no bit", "[log_sum_exp]") {
   std::mt19937_64 random = seeded_random();
   const Problem<float> p(sizes, random);

@@ -83,8 +83,7 @@ template <class Scalar>
 struct AttentionGradients {
   Matrix<Scalar> queries;  ///< Tq × (Hq·d)
   Matrix<Scalar> keys;     ///< Tk × (Hkv·d)
-  Matrix<Scalar>
-      values;  ///< Tk × (Hkv·dv); of no size where the values are LeftColumns of the keys
+  Matrix<Scalar> values;   ///< Tk × (Hkv·dv); of no size where they are LeftColumns of the keys
 };
 
 /// `Gradients`, and those of the parameters of each trainable term, in the order in which the terms
