@@ -9,6 +9,7 @@
 #include <surfattn/layers.hpp>
 #include <surfattn/options.hpp>
 #include <surfattn/partials.hpp>
+#include <surfattn/rotary.hpp>
 #include <surfattn/sequences.hpp>
 #include <surfattn/surface.hpp>
 #include <surfattn/terms.hpp>
