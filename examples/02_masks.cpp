@@ -1,5 +1,5 @@
-// Masks: who sees whom. Terms are listed after the options; masks combine; each printed picture is what
-// the library computes with, read through its weights.
+// Masks: who sees whom. Terms are listed after the options; masks combine; each printed picture is
+// what the library computes with, read through its weights.
 #include <iostream>
 #include <surfattn/surfattn.hpp>
 #include <vector>

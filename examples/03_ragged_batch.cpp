@@ -1,5 +1,5 @@
-// A ragged batch: sentences of 3, 1 and 5 tokens, packed one after the other, in one call. No padding
-// is stored or computed, and each sentence gives the same bits as a call of its own.
+// A ragged batch: sentences of 3, 1 and 5 tokens, packed one after the other, in one call. No
+// padding is stored or computed, and each sentence gives the same bits as a call of its own.
 #include <iostream>
 #include <surfattn/surfattn.hpp>
 #include <vector>

@@ -1,5 +1,5 @@
-// Keys in two parts: a past in a cache, and new tokens. Attention over each part and merge_partials give
-// attention over both, and the past is not copied next to the new tokens.
+// Keys in two parts: a past in a cache, and new tokens. Attention over each part and merge_partials
+// give attention over both, and the past is not copied next to the new tokens.
 #include <iostream>
 #include <surfattn/surfattn.hpp>
 

@@ -1,5 +1,5 @@
-// Memory of other shapes, through views alone: packed projections, heads before tokens, values within
-// keys, and a past that is not copied.
+// Memory of other shapes, through views alone: packed projections, heads before tokens, values
+// within keys, and a past that is not copied.
 #include <Eigen/Core>
 #include <random>
 #include <surfattn/surfattn.hpp>
@@ -85,7 +85,8 @@ TEST_CASE("heads before tokens in memory are sequences of one head", "[layouts]"
 TEST_CASE("values may be the left columns of the keys, with one gradient", "[layouts]") {
   std::mt19937_64 random = seeded_random();
   CAPTURE(seed());
-  // few queries and many; one key head and several; a width that fills whole packets and one that does not
+  // few queries and many; one key head and several; a width that fills whole packets and one that
+  // does not
   for (const Index queries : {2, 150}) {
     for (const Index key_heads : {1, 2}) {
       for (const Index read_out : {0, 7, 12, 32, 40}) {

@@ -1,5 +1,5 @@
-// Dense masks and lengths that differ from head to head and from sequence to sequence, and mistakes in
-// masks.
+// Dense masks and lengths that differ from head to head and from sequence to sequence, and mistakes
+// in masks.
 #include <array>
 #include <atomic>
 #include <cstdint>

@@ -196,7 +196,8 @@ TEST_CASE("the bandwidth's gradient does not need a key whose c_j is not 0", "[l
 
 // ---- Parts -------------------------------------------------------------------------------------
 
-/// Cuts that leave parts empty, and a mask that leaves others without a key for some queries or all.
+/// Cuts that leave parts empty, and a mask that leaves others without a key for some queries or
+/// all.
 const std::vector<std::vector<Index>> all_cuts = {
     {0, 150}, {0, 0, 150}, {0, 64, 65, 150, 150}, {0, 30, 60, 90, 120, 150}, {0, 149, 150}};
 
@@ -221,8 +222,8 @@ void for_parts(const Problem<Scalar>& p, const reference::Mask& mask,
   }
 }
 
-/// Three times the bound on the whole: O = Σ exp(L_p − L)·O_p has the errors of O_p, of L_p and of L,
-/// each of them within the bound on O.
+/// Three times the bound on the whole: O = Σ exp(L_p − L)·O_p has the errors of O_p, of L_p and of
+/// L, each of them within the bound on O.
 Bounds merged_bounds(Bounds bounds) {
   for (Doubles* b : {&bounds.out, &bounds.log_sum_exp, &bounds.grad_queries, &bounds.grad_keys,
                      &bounds.grad_values, &bounds.grad_key_bias, &bounds.grad_keys_of_surface}) {

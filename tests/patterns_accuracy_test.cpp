@@ -1,5 +1,5 @@
-// Masks of a pattern, of the user's own and of other masks: both forms against the reference with the
-// dense mask of the definition.
+// Masks of a pattern, of the user's own and of other masks: both forms against the reference with
+// the dense mask of the definition.
 #include <cstdlib>
 #include <vector>
 

@@ -98,12 +98,13 @@ void attention_forward_into(const Queries& queries, const Keys& keys, const Valu
 /// Gradients of a loss with respect to queries, keys and values into matrices of their shapes,
 /// without allocating.
 ///
-/// Where the values are LeftColumns of the keys, pass the same for grad_values: grad_keys receives both
-/// parts. `out` and `log_sum_exp` are what attention_forward_into wrote for the same inputs, options and
-/// terms; `grad_out` is ∂loss/∂out, or ForwardGradients. Every gradient is overwritten; no output may overlap an input
-/// or another output. A term with parameters writes their gradient where it was told to,
-/// Alibi{slopes}.gradient_into(grad_slopes), and otherwise computes none. `workspace` needs
-/// workspace_size(Pass::backward, queries, keys, values, options, terms...) bytes.
+/// Where the values are LeftColumns of the keys, pass the same for grad_values: grad_keys receives
+/// both parts. `out` and `log_sum_exp` are what attention_forward_into wrote for the same inputs,
+/// options and terms; `grad_out` is ∂loss/∂out, or ForwardGradients. Every gradient is overwritten;
+/// no output may overlap an input or another output. A term with parameters writes their gradient
+/// where it was told to, Alibi{slopes}.gradient_into(grad_slopes), and otherwise computes none.
+/// `workspace` needs workspace_size(Pass::backward, queries, keys, values, options, terms...)
+/// bytes.
 template <class Queries, class Keys, class Values, class Out, class LogSumExp, class GradOut,
           class GradQueries, class GradKeys, class GradValues, class... Terms>
 void attention_backward_into(const Queries& queries, const Keys& keys, const Values& values,
@@ -151,9 +152,9 @@ void attention_backward_into(const Queries& queries, const Keys& keys, const Val
 /// sees no key gets 0, and so does one all of whose scores are −∞. A NaN or an infinity reaches the
 /// outputs that see it and no other.
 ///
-/// A batch is one call: with options.sequences the rows are several sequences, each of which attends
-/// to itself alone and gives the same bits as a call of its own. Terms count queries and keys within
-/// the sequence. Nothing is allocated for a sequence.
+/// A batch is one call: with options.sequences the rows are several sequences, each of which
+/// attends to itself alone and gives the same bits as a call of its own. Terms count queries and
+/// keys within the sequence. Nothing is allocated for a sequence.
 ///
 /// Allocates the result and a workspace of O(max(1024, 64·Hq/Hkv)·(d + dv)) numbers for each worker
 /// of the executor, never Tq × Tk. Time O(Hq·Tq·Tk·(d + dv)), less the tiles that the terms leave
@@ -216,8 +217,7 @@ auto attention_backward(const Queries& queries, const Keys& keys, const Values& 
                         const Forward<Scalar>& forward, const GradOut& grad_out,
                         const Options& options = {}, const Terms&... terms) {
   detail::check_inputs_at_compile_time<Queries, Keys, detail::value_matrix_t<Keys, Values>,
-                                       Matrix<Scalar>, detail::grad_out_t<GradOut>,
-                                       detail::grad_log_sum_exp_t<GradOut>>();
+                                       Matrix<Scalar>, detail::grad_out_t<GradOut>>();
   constexpr detail::Require require("attention_backward");
   const auto shape = require.shapes(detail::extent(queries), detail::extent(keys),
                                     require.values_extent(keys, values, options.heads),

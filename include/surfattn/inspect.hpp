@@ -14,8 +14,8 @@
 #include <type_traits>
 #include <vector>
 
-/// What the passes compute and do not keep, formed by the same code. All functions run on the calling
-/// thread, whatever the executor, and allocate their results and O(tile) numbers besides.
+/// What the passes compute and do not keep, formed by the same code. All functions run on the
+/// calling thread, whatever the executor, and allocate their results and O(tile) numbers besides.
 namespace surfattn {
 
 /// How far a score has come.
@@ -38,7 +38,7 @@ struct ScoresAt {
 template <class Scalar>
 struct Neighbours {
   Matrix<Index> keys;  ///< Tq × (Hq·k), counted within the sequence; −1 where no more are seen
-  Matrix<Scalar> weights;  ///< of the same shape; 0 there
+  Matrix<accumulator_t<Scalar>> weights;  ///< of the same shape; 0 there
 };
 
 namespace detail {
@@ -63,9 +63,9 @@ class ScoreReader {
     take(arena);
   }
 
-  /// Calls visit(tile, scores, row_stride) for tiles of up to most_queries queries of one head, from
-  /// the first key to the last: in units of ln 2, and without row_offset. From Stage::masked on, what
-  /// the terms hide is −∞, and tiles that they leave empty are left out.
+  /// Calls visit(tile, scores, row_stride) for tiles of up to most_queries queries of one head,
+  /// from the first key to the last: in units of ln 2, and without row_offset. From Stage::masked
+  /// on, what the terms hide is −∞, and tiles that they leave empty are left out.
   template <class Visit>
   void read(Index head, Index first_query, Index queries, Stage stage, const Visit& visit) {
     const Shape& shape = operands_.shape;
@@ -191,8 +191,8 @@ void each_sequence(const Operands<Scalar>& batch, const Require& require, const 
   }
 }
 
-/// Calls use(reader, head, first_query, queries) for blocks of queries, of rows [first, last) of the
-/// batch.
+/// Calls use(reader, head, first_query, queries) for blocks of queries, of rows [first, last) of
+/// the batch.
 template <class Scalar, class Use, class... Terms>
 void each_block(const Operands<Scalar>& batch, const Require& require, Index first, Index last,
                 const Use& use, const Terms&... terms) {
@@ -233,8 +233,8 @@ std::vector<RunningEntropy<Accumulator>> read_entropy(Reader& reader, Index head
 }
 
 template <class Scalar, class... Terms>
-Matrix<Scalar> inspect_scores(const Operands<Scalar>& batch, const ScoresAt& at,
-                              const Require& require, const Terms&... terms) {
+Matrix<accumulator_t<Scalar>> inspect_scores(const Operands<Scalar>& batch, const ScoresAt& at,
+                                             const Require& require, const Terms&... terms) {
   using Accumulator = accumulator_t<Scalar>;
   const Shape& shape = batch.shape;
   const Index count = at.queries.value_or(shape.queries - at.first_query);
@@ -244,9 +244,9 @@ Matrix<Scalar> inspect_scores(const Operands<Scalar>& batch, const ScoresAt& at,
                  words(shape.queries_extent()));
   }
   const bool masked = at.stage >= Stage::masked, normalised = at.stage == Stage::normalised;
-  Matrix<Scalar> result =
-      Matrix<Scalar>::Constant(count, shape.query_heads * shape.longest_keys,
-                               normalised ? Scalar(0) : -std::numeric_limits<Scalar>::infinity());
+  Matrix<Accumulator> result = Matrix<Accumulator>::Constant(
+      count, shape.query_heads * shape.longest_keys,
+      normalised ? Accumulator(0) : simd::minus_infinity<Accumulator>);
   each_block(
       batch, require, at.first_query, at.first_query + count,
       [&](const Operands<Scalar>& one, auto& reader, Index head, Index query, Index queries) {
@@ -265,8 +265,8 @@ Matrix<Scalar> inspect_scores(const Operands<Scalar>& batch, const ScoresAt& at,
                           if (masked && score == simd::minus_infinity<Accumulator>) continue;
                           const Accumulator moved = score - origin;
                           result(row + i, head * shape.longest_keys + tile.first_key + j) =
-                              static_cast<Scalar>(normalised ? std::exp2(moved)
-                                                             : moved * simd::ln_2<Accumulator>);
+                              static_cast<Accumulator>(
+                                  normalised ? std::exp2(moved) : moved * simd::ln_2<Accumulator>);
                         }
                       }
                     });
@@ -276,17 +276,17 @@ Matrix<Scalar> inspect_scores(const Operands<Scalar>& batch, const ScoresAt& at,
 }
 
 template <class Scalar, class... Terms>
-Matrix<Scalar> inspect_entropy(const Operands<Scalar>& batch, const Require& require,
-                               const Terms&... terms) {
+Matrix<accumulator_t<Scalar>> inspect_entropy(const Operands<Scalar>& batch, const Require& require,
+                                              const Terms&... terms) {
   using Accumulator = accumulator_t<Scalar>;
-  auto result = matrix<Scalar>(batch.shape.log_sum_exp_extent());
+  auto result = matrix<Accumulator>(batch.shape.log_sum_exp_extent());
   each_block(
       batch, require, 0, batch.shape.queries,
       [&](const Operands<Scalar>& one, auto& reader, Index head, Index query, Index queries) {
         const auto rows = read_entropy<Accumulator>(reader, head, query, queries);
         for (Index i = 0; i < queries; ++i) {
           result(one.shape.first_query + query + i, head) =
-              static_cast<Scalar>(rows[static_cast<std::size_t>(i)].entropy());
+              static_cast<Accumulator>(rows[static_cast<std::size_t>(i)].entropy());
         }
       },
       terms...);
@@ -322,7 +322,7 @@ Neighbours<Scalar> inspect_neighbours(const Operands<Scalar>& batch, Index count
     require.fail("there must be at least 1 neighbour to look for, but it is " +
                  std::to_string(count));
   Neighbours<Scalar> result{Matrix<Index>::Constant(shape.queries, shape.query_heads * count, -1),
-                            Matrix<Scalar>::Zero(shape.queries, shape.query_heads * count)};
+                            Matrix<Accumulator>::Zero(shape.queries, shape.query_heads * count)};
   std::vector<Accumulator> kept;
   each_block(
       batch, require, 0, shape.queries,
@@ -345,7 +345,7 @@ Neighbours<Scalar> inspect_neighbours(const Operands<Scalar>& batch, Index count
         add_sinks(reader, head, sums);
         for (Index i = 0; i < queries; ++i) {
           for (Index n = 0; n < count && largest(i).keys[n] >= 0; ++n) {
-            result.weights(row + i, head * count + n) = static_cast<Scalar>(
+            result.weights(row + i, head * count + n) = static_cast<Accumulator>(
                 std::exp2(largest(i).scores[n] - sums[static_cast<std::size_t>(i)].log_sum_exp()));
           }
         }
@@ -356,10 +356,11 @@ Neighbours<Scalar> inspect_neighbours(const Operands<Scalar>& batch, Index count
 
 }  // namespace detail
 
-/// Scores or weights of the standard form as a matrix: rows `at` of the queries × (Hq·Tk), a block of
-/// columns for each query head. Scores are natural: W = exp(S − log_sum_exp). In a batch the columns
-/// are the keys of each row's own sequence; Tk is that of the longest, and what is beyond a shorter one
-/// is hidden. O(rows·Hq·Tk) memory, by intention. Errors as for attention; rows that are not there.
+/// Scores or weights of the standard form as a matrix: rows `at` of the queries × (Hq·Tk), a block
+/// of columns for each query head. Scores are natural: W = exp(S − log_sum_exp). In a batch the
+/// columns are the keys of each row's own sequence; Tk is that of the longest, and what is beyond a
+/// shorter one is hidden. O(rows·Hq·Tk) memory, by intention. Errors as for attention; rows that
+/// are not there.
 template <class Queries, class Keys, class... Terms>
 auto attention_scores(const Queries& queries, const Keys& keys, const ScoresAt& at = {},
                       const Options& options = {}, const Terms&... terms) {
@@ -383,9 +384,9 @@ auto projection_scores(const Queries& queries, const Keys& keys, const ScoresAt&
                                 terms...);
 }
 
-/// The entropy of each query's weights, H_i = −Σ_j W_ij·ln W_ij, Tq × Hq, of the standard form: exp(H)
-/// is the effective number of keys that it attends to, from 1 to Tk; −∞ (number 0) for a query that sees
-/// no key. One pass, O(tile) memory. Errors as for attention.
+/// The entropy of each query's weights, H_i = −Σ_j W_ij·ln W_ij, Tq × Hq, of the standard form:
+/// exp(H) is the effective number of keys that it attends to, from 1 to Tk; −∞ (number 0) for a
+/// query that sees no key. One pass, O(tile) memory. Errors as for attention.
 template <class Queries, class Keys, class... Terms>
 auto attention_entropy(const Queries& queries, const Keys& keys, const Options& options = {},
                        const Terms&... terms) {
@@ -409,9 +410,9 @@ auto projection_entropy(const Queries& queries, const Keys& keys,
                                  terms...);
 }
 
-/// The `count` keys of largest weight for each query and head of the standard form, with their weights:
-/// Tq × (Hq·count) each. A key whose score is −∞ or NaN is none of them. One pass, O(tile + Tq·Hq·count)
-/// memory. Errors as for attention; a count below 1.
+/// The `count` keys of largest weight for each query and head of the standard form, with their
+/// weights: Tq × (Hq·count) each. A key whose score is −∞ or NaN is none of them. One pass, O(tile
+/// + Tq·Hq·count) memory. Errors as for attention; a count below 1.
 template <class Queries, class Keys, class... Terms>
 auto attention_neighbours(const Queries& queries, const Keys& keys, Index count,
                           const Options& options = {}, const Terms&... terms) {

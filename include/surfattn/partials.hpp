@@ -29,8 +29,8 @@ concept ForwardRange = std::ranges::forward_range<const Parts> && requires(const
 template <class Parts>
 using part_scalar_t = scalar_t<decltype(std::ranges::begin(std::declval<const Parts&>())->out)>;
 
-/// A result, or a gradient of one, of the shape of the parts. `name` says what it is; words are made
-/// only where they are needed.
+/// A result, or a gradient of one, of the shape of the parts. `name` says what it is; words are
+/// made only where they are needed.
 template <class Parts, class Name, class Out, class LogSumExp>
 void require_like_parts(const Require& require, const Name& name, const Parts& parts,
                         const Out& out, const LogSumExp& log_sum_exp) {
@@ -195,10 +195,10 @@ requires(std::is_same_v<Others, Forward<Scalar>>&&...) Forward<Scalar> merge_par
 /// parts. Returns one Forward for each part, which can be given in the place of grad_out to the
 /// backward pass that belongs to the part. Allocates it. Errors as for merge_partials.
 ///
-/// A shorter way, where the loss depends on the merged `out` alone, to the same gradients of queries,
-/// keys and values: the backward pass over a part's keys with `whole` for `forward` and the gradient
-/// of the merged result for `grad_out`. The gradients of the queries add up; that of a bandwidth is
-/// not to be had so.
+/// A shorter way, where the loss depends on the merged `out` alone, to the same gradients of
+/// queries, keys and values: the backward pass over a part's keys with `whole` for `forward` and
+/// the gradient of the merged result for `grad_out`. The gradients of the queries add up; that of a
+/// bandwidth is not to be had so.
 template <detail::ForwardRange Parts, class Whole, class Gradient>
 auto merge_partials_backward(const Parts& parts, const Whole& whole, const Gradient& gradient) {
   using Scalar = detail::part_scalar_t<Parts>;

@@ -11,9 +11,9 @@
 #include <surfattn/types.hpp>
 #include <type_traits>
 
-/// Rotary position embedding (Su et al. 2021, arXiv:2104.09864): pairs of numbers of a query or key are
-/// turned by angles in proportion to its position p, so that the score of two tokens depends on the
-/// difference of their positions. With θ_c = base^(−2c/width), equation 15 of the paper,
+/// Rotary position embedding (Su et al. 2021, arXiv:2104.09864): pairs of numbers of a query or key
+/// are turned by angles in proportion to its position p, so that the score of two tokens depends on
+/// the difference of their positions. With θ_c = base^(−2c/width), equation 15 of the paper,
 ///
 ///     x' = x·cos(p·θ_c) − y·sin(p·θ_c),   y' = x·sin(p·θ_c) + y·cos(p·θ_c),   c = 0 … width/2 − 1.
 ///
@@ -62,7 +62,8 @@ inline Index rotary_width(const Require& require, Extent input, Index positions,
   return width;
 }
 
-/// `turn` is 1, or −1 for the way back. Angles are formed in double: those of long sequences are large.
+/// `turn` is 1, or −1 for the way back. Angles are formed in double: those of long sequences are
+/// large.
 template <class Scalar, class Positions>
 void rotate(MatrixView<const Scalar> from, const Positions& positions, MatrixView<Scalar> to,
             const RotaryOptions& options, Index width, double turn) {
@@ -107,10 +108,11 @@ void rotate_checked(const char* function, const Input& input, const Positions& p
 }  // namespace detail
 
 /// The rows of `input`, T × (H·d), turned by their positions, into `out` of the same shape, without
-/// allocating. `out` may be the input itself, and otherwise overlaps none of it. `positions` is a range of
-/// T numbers, of any arithmetic type: those of a batch's sequences begin anew, those of new tokens after
-/// a cache go on. Time O(T·d·H), and T·d/2 sines. Errors: columns that do not divide into heads, an odd
-/// or too large width, not one position for each row, a base that is not positive.
+/// allocating. `out` may be the input itself, and otherwise overlaps none of it. `positions` is a
+/// range of T numbers, of any arithmetic type: those of a batch's sequences begin anew, those of
+/// new tokens after a cache go on. Time O(T·d·H), and T·d/2 sines. Errors: columns that do not
+/// divide into heads, an odd or too large width, not one position for each row, a base that is not
+/// positive.
 template <class Input, detail::PositionRange Positions, class Out>
 void rotate_into(const Input& input, const Positions& positions, Out&& out,
                  const RotaryOptions& options) {

@@ -95,10 +95,10 @@ class IntegerView {
 ///     attention(q, k, v, {.sequences = {query_offsets, key_offsets}});
 ///     attention(q, k, v, {.sequences = Sequences::equal(64)});       // 64 of one length
 ///
-/// Memory in which heads come before tokens, (batch, heads, length, width), is, where there are as many
-/// key heads as query heads, a batch of batch·heads sequences of one head each, seen through a Map with
-/// batch·heads·length rows: Sequences::equal(batch * heads), and nothing is copied. (Terms that differ
-/// from head to head then see one head only.)
+/// Memory in which heads come before tokens, (batch, heads, length, width), is, where there are as
+/// many key heads as query heads, a batch of batch·heads sequences of one head each, seen through a
+/// Map with batch·heads·length rows: Sequences::equal(batch * heads), and nothing is copied. (Terms
+/// that differ from head to head then see one head only.)
 class Sequences {
  public:
   /// All rows are one sequence.

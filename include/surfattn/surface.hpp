@@ -60,8 +60,8 @@ accumulator_t<Scalar> squared_distance(MatrixView<const Scalar> row,
 }
 
 /// dβ of one key/value head. S_ij = β·q_i·k_j − (β/2)(‖q_i‖² + ‖k_j‖²) does not change when all
-/// points move by the same m, so, with r_i = Σ_j dS_ij, which is 0 unless modifiers or sinks act or the
-/// loss depends on log_sum_exp,
+/// points move by the same m, so, with r_i = Σ_j dS_ij, which is 0 unless modifiers or sinks act or
+/// the loss depends on log_sum_exp,
 ///
 ///     dβ = (1/β)·Σ_i (q_i − m)·dq_i + ½ Σ_i r_i‖q_i − m‖² − ½ Σ_j c_j‖k_j − m‖²
 ///
@@ -165,11 +165,12 @@ void project_forward_into(const Queries& queries, const Keys& keys, Out&& out,
 /// Gradients of a loss with respect to queries, keys, bandwidth and log-prior, without allocating.
 ///
 /// `out` and `log_sum_exp` are what project_forward_into wrote for the same inputs, options and
-/// terms; `grad_out` is ∂loss/∂out, or ForwardGradients. Every gradient is overwritten, and none may overlap an input or
-/// another output: `grad_queries` and `grad_keys` of their inputs' shapes, `grad_bandwidth` a
-/// scalar, `grad_log_prior` Tk × Hkv also where one prior serves all heads (its gradient is then
-/// the sum over the columns). Terms with parameters as for attention_backward_into. `workspace`
-/// needs workspace_size(Pass::backward, queries, keys, options, terms...) bytes.
+/// terms; `grad_out` is ∂loss/∂out, or ForwardGradients. Every gradient is overwritten, and none
+/// may overlap an input or another output: `grad_queries` and `grad_keys` of their inputs' shapes,
+/// `grad_bandwidth` a scalar, `grad_log_prior` Tk × Hkv also where one prior serves all heads (its
+/// gradient is then the sum over the columns). Terms with parameters as for
+/// attention_backward_into. `workspace` needs workspace_size(Pass::backward, queries, keys,
+/// options, terms...) bytes.
 template <class Queries, class Keys, class Out, class LogSumExp, class GradOut, class GradQueries,
           class GradKeys, class GradLogPrior, class... Terms>
 void project_backward_into(const Queries& queries, const Keys& keys, const Out& out,
@@ -270,14 +271,14 @@ auto project_forward(const Queries& queries, const Keys& keys, const SurfaceOpti
 ///     dβ = (1/β)·Σ Q∘dQ − ½ Σ_j c_j‖k_j‖²,   dσ = −2β^(3/2)·dβ,
 ///
 /// Where the loss depends on log_sum_exp too, give ForwardGradients{grad_out, grad_log_sum_exp} for
-/// grad_out: then D_i = dO_i·O_i − dL_i, and the norm of the query in L_i adds −β·dL_i·q_i to dq_i and
-/// ½ Σ_i dL_i‖q_i‖² to dβ. The terms with norms and c∘K fall away for KeyPrior::sdpa, whose log π_j
-/// = β‖k_j‖²/2 moves with keys and bandwidth. `log_prior` is the gradient with respect to a number added to log
-/// π_j, under every prior: Tk × Hkv, or Tk × 1 for an explicit Tk × 1 prior. `forward` must come
-/// from project_forward with the same inputs, options and terms. A query that sees no key gets and
-/// gives gradient 0; so does a key that no query sees. Gradients of terms with parameters as for
-/// attention_backward. Allocates the gradients and a workspace of
-/// O(block) numbers. Time O(Hq·Tq·Tk·5d). Errors as for `project`.
+/// grad_out: then D_i = dO_i·O_i − dL_i, and the norm of the query in L_i adds −β·dL_i·q_i to dq_i
+/// and ½ Σ_i dL_i‖q_i‖² to dβ. The terms with norms and c∘K fall away for KeyPrior::sdpa, whose log
+/// π_j = β‖k_j‖²/2 moves with keys and bandwidth. `log_prior` is the gradient with respect to a
+/// number added to log π_j, under every prior: Tk × Hkv, or Tk × 1 for an explicit Tk × 1 prior.
+/// `forward` must come from project_forward with the same inputs, options and terms. A query that
+/// sees no key gets and gives gradient 0; so does a key that no query sees. Gradients of terms with
+/// parameters as for attention_backward. Allocates the gradients and a workspace of O(block)
+/// numbers. Time O(Hq·Tq·Tk·5d). Errors as for `project`.
 template <class Queries, class Keys, class Scalar, class GradOut, class... Terms>
 auto project_backward(const Queries& queries, const Keys& keys, const Forward<Scalar>& forward,
                       const GradOut& grad_out, const SurfaceOptions& options = {},

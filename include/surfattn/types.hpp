@@ -51,10 +51,10 @@ struct Heads {
   std::optional<Index> key_value = {};
 };
 
-/// In the place of values: the value of a key is its own first `columns` numbers, of each head, and the
-/// rest of the key is not read out: dv = columns ≤ d. One matrix is then keys and values, packed once,
-/// and its gradient is one. So in attention to a shared latent with a position appended to it
-/// (DeepSeek-V2 2024, arXiv:2405.04434, section 2.1).
+/// In the place of values: the value of a key is its own first `columns` numbers, of each head, and
+/// the rest of the key is not read out: dv = columns ≤ d. One matrix is then keys and values,
+/// packed once, and its gradient is one. So in attention to a shared latent with a position
+/// appended to it (DeepSeek-V2 2024, arXiv:2405.04434, section 2.1).
 struct LeftColumns {
   Index columns;
 };

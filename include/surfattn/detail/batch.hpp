@@ -56,9 +56,9 @@ WorkPlan work_plan(const Shape& batch, const Planner& planner, const Executor* e
 }
 
 /// One worker's way through a batch: work(plan, shared, items) once for each sequence of which it
-/// gets items. `shared` is the sequence's part of the memory that all workers share, and
-/// items(use) calls use(i) for each of its items that the worker takes. As items are taken in order,
-/// the sequences come in order too.
+/// gets items. `shared` is the sequence's part of the memory that all workers share, and items(use)
+/// calls use(i) for each of its items that the worker takes. As items are taken in order, the
+/// sequences come in order too.
 template <class Planner, class Take, class Work>
 void visit_sequences(const Shape& batch, const Planner& planner, Arena shared, const Take& take,
                      const Work& work) {

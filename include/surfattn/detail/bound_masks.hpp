@@ -7,15 +7,16 @@
 #include <cstdint>
 #include <surfattn/terms/term.hpp>
 
-/// A mask answers pair by pair (`range` or `allows`), and for whole tiles (`coverage`). It may answer
-/// two more questions, for which there are answers that always serve: `first_run` and `see_row`.
+/// A mask answers pair by pair (`range` or `allows`), and for whole tiles (`coverage`). It may
+/// answer two more questions, for which there are answers that always serve: `first_run` and
+/// `see_row`.
 namespace surfattn::detail {
 
 /// Bytes, 1 where a key is seen.
 using SeenByte = std::uint8_t;
 
-/// A mask of which no query sees a key before the first of an earlier query, nor stops seeing before
-/// it does: its first and last query speak for all between.
+/// A mask of which no query sees a key before the first of an earlier query, nor stops seeing
+/// before it does: its first and last query speak for all between.
 template <class Mask>
 concept MonotoneMask = RangeMask<Mask> && requires {
   requires Mask::is_monotone;
@@ -82,8 +83,9 @@ Coverage coverage(const Mask& mask, const Tile& tile) {
   return mask.coverage(tile);
 }
 
-/// The first run of keys of the tile that a query may see: no query sees a key before it. Empty, and
-/// at the tile's end, where there is none. What lies behind it is asked for with the rest of the tile.
+/// The first run of keys of the tile that a query may see: no query sees a key before it. Empty,
+/// and at the tile's end, where there is none. What lies behind it is asked for with the rest of
+/// the tile.
 template <RangeMask Mask>
 KeyRange first_run(const Mask& mask, const Tile& tile) {
   const Index end = tile.first_key + tile.keys;
@@ -102,8 +104,8 @@ KeyRange first_run(const Mask& mask, const Tile& tile) {
   }
 }
 
-/// The first run of keys from `from` on that every mask lets some query see, likewise. each(use) calls
-/// `use` with each mask.
+/// The first run of keys from `from` on that every mask lets some query see, likewise. each(use)
+/// calls `use` with each mask.
 template <class Each>
 KeyRange common_run(Tile tile, Index from, const Each& each) {
   const Index end = tile.first_key + tile.keys;
@@ -141,8 +143,8 @@ void see_row(const Mask& mask, const Tile& row, SeenByte* seen) {
   }
 }
 
-/// Calls use(row, offset) for each row of a tile, cut into parts of `most` keys; `offset` counts the
-/// keys of the tile before the part.
+/// Calls use(row, offset) for each row of a tile, cut into parts of `most` keys; `offset` counts
+/// the keys of the tile before the part.
 template <class Use>
 void for_row_parts(const Tile& tile, Index most, const Use& use) {
   for (Index i = 0; i < tile.queries; ++i) {

@@ -106,8 +106,8 @@ struct Upstream {
   }
 };
 
-/// r_i = Σ_j dS_ij of the raw scores of one sequence. Where no term changes them it is ∂loss/∂L_i, for
-/// the gradient of a softmax alone sums to 0.
+/// r_i = Σ_j dS_ij of the raw scores of one sequence. Where no term changes them it is ∂loss/∂L_i,
+/// for the gradient of a softmax alone sums to 0.
 template <class Scalar>
 struct RawRowSums {
   using Accumulator = accumulator_t<Scalar>;

@@ -55,8 +55,8 @@ class TermChain {
   }
 
   /// Calls use(part, coverage) for each part of the tile that is not empty, from left to right: the
-  /// runs of keys that some query may see. Parts begin at whole groups of `step` keys of the tile; of
-  /// the gaps between runs, whole groups are left out.
+  /// runs of keys that some query may see. Parts begin at whole groups of `step` keys of the tile;
+  /// of the gaps between runs, whole groups are left out.
   template <class Use>
   void each_part(const Tile& tile, Index step, const Use& use) const {
     const Index end = tile.first_key + tile.keys;

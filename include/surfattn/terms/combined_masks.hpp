@@ -154,8 +154,8 @@ using NoneOf = Union<true, Bound...>;
 ///
 ///     attention(q, k, v, {}, any_of(SlidingWindow{.left = 128, .right = 128}, Documents(ids)));
 ///
-/// A tile that every mask leaves empty is skipped, one that any of them fills pays nothing. Masks are
-/// copied, and those that are views must outlive the call.
+/// A tile that every mask leaves empty is skipped, one that any of them fills pays nothing. Masks
+/// are copied, and those that are views must outlive the call.
 template <class... Masks>
 auto any_of(const Masks&... masks) {
   return detail::MaskCombination<detail::AnyOf, Masks...>(masks...);

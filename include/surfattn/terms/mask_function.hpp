@@ -15,16 +15,16 @@ struct NoTileAnswer {};
 
 }  // namespace detail
 
-/// A mask from a function of a query and a key, counted within their sequence, or of a query head, a
-/// query and a key, that says whether the query sees the key:
+/// A mask from a function of a query and a key, counted within their sequence, or of a query head,
+/// a query and a key, that says whether the query sees the key:
 ///
 ///     attention(q, k, v, {}, MaskFunction([](Index i, Index j) { return (i ^ j) % 3 != 0; }));
 ///
 /// A second function, if given, answers for a whole Tile: `empty` and `full` only where that is
 /// certain, `partial` otherwise. Without it the engine calls the first one for every pair of a tile
-/// until it has met both answers, so that empty tiles are skipped here too. The functions are called
-/// from several threads where there are several, in any order and any number of times; they must always
-/// give the same answer for the same pair.
+/// until it has met both answers, so that empty tiles are skipped here too. The functions are
+/// called from several threads where there are several, in any order and any number of times; they
+/// must always give the same answer for the same pair.
 template <class Allows, class TileCoverage = detail::NoTileAnswer>
 class MaskFunction {
   static constexpr bool takes_pairs = std::is_invocable_r_v<bool, const Allows&, Index, Index>;

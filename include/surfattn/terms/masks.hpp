@@ -110,9 +110,9 @@ struct SlidingWindow {
   }
 };
 
-/// Of each sequence only the first keys are there; the rest is padding that nobody sees, whatever it
-/// holds. One length for all sequences, or a range (vector, array, span) of one for each, of signed
-/// 32- or 64-bit integers: a view, which must outlive the call.
+/// Of each sequence only the first keys are there; the rest is padding that nobody sees, whatever
+/// it holds. One length for all sequences, or a range (vector, array, span) of one for each, of
+/// signed 32- or 64-bit integers: a view, which must outlive the call.
 class KeyLengths {
  public:
   constexpr explicit KeyLengths(Index length) : lengths_(length) {}
@@ -152,19 +152,19 @@ class QueryLengths {
   detail::SequenceLengths lengths_;
 };
 
-/// A dense mask: true where the query sees the key. A view of any stored Eigen matrix of bool or of an
-/// integer type (0 is false) that outlives the call, of
+/// A dense mask: true where the query sees the key. A view of any stored Eigen matrix of bool or of
+/// an integer type (0 is false) that outlives the call, of
 ///
 ///  * Tq × Tk, for all heads and sequences, or
 ///  * Tq × (Hq·Tk), a block of columns for each query head, or
 ///  * (Hq·Tq) × Tk, a block of rows for each query head, as in a tensor (heads, queries, keys),
 ///
 /// where instead of Tq rows there may be 1, for all queries, or, in a batch, one for each query of
-/// all its sequences, which then differ in their masks: a tensor (batch, heads, queries, keys) is such
-/// a matrix of B·Hq·Tq rows. In a ragged batch Tq and Tk are those of its longest sequences, and what
-/// lies beyond a shorter one is not read. A number of rows that can be read in two ways is the same for
-/// all heads. Tiles are read before they are computed, and those that are empty are skipped. Time O(1)
-/// for each pair.
+/// all its sequences, which then differ in their masks: a tensor (batch, heads, queries, keys) is
+/// such a matrix of B·Hq·Tq rows. In a ragged batch Tq and Tk are those of its longest sequences,
+/// and what lies beyond a shorter one is not read. A number of rows that can be read in two ways is
+/// the same for all heads. Tiles are read before they are computed, and those that are empty are
+/// skipped. Time O(1) for each pair.
 template <class Element>
 class BoolMask {
  public:

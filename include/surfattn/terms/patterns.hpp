@@ -53,7 +53,8 @@ struct DilatedPairs {
   }
 
  private:
-  /// How far a key lies behind the last one before it, or at it, that the query sees: 0 … stride − 1.
+  /// How far a key lies behind the last one before it, or at it, that the query sees: 0 … stride −
+  /// 1.
   Index phase(Index query, Index key) const {
     const Index behind = (key - first_position - query) % stride;
     return behind < 0 ? behind + stride : behind;
@@ -130,9 +131,9 @@ struct DocumentPairs {
 
 }  // namespace detail
 
-/// Prefix language model (Raffel et al. 2020, arXiv:1910.10683, figure 4): every query sees the first
-/// keys of its sequence, the prefix, and after it the keys up to its own position, as under Causal. One
-/// length for all sequences, or one for each, as for KeyLengths.
+/// Prefix language model (Raffel et al. 2020, arXiv:1910.10683, figure 4): every query sees the
+/// first keys of its sequence, the prefix, and after it the keys up to its own position, as under
+/// Causal. One length for all sequences, or one for each, as for KeyLengths.
 class PrefixCausal {
  public:
   constexpr PrefixCausal(Index prefix, Align align) : prefix_(prefix), align_(align) {}
@@ -177,11 +178,12 @@ struct Dilated {
 };
 
 /// A query sees the keys of its own document: those with the same id. Ids of queries and keys are
-/// ranges (vector, array, span) of signed 32- or 64-bit integers with one number for each row, of all
-/// sequences of a batch; one range serves both where there are as many keys as queries. Views, which
-/// must outlive the call. Ids need not be sorted; where they are (documents packed one after the
-/// other) each tile costs O(log Tk) to place and those between different documents are skipped.
-/// Otherwise O(tile), and a tile is skipped where the ids of its queries and keys do not interleave.
+/// ranges (vector, array, span) of signed 32- or 64-bit integers with one number for each row, of
+/// all sequences of a batch; one range serves both where there are as many keys as queries. Views,
+/// which must outlive the call. Ids need not be sorted; where they are (documents packed one after
+/// the other) each tile costs O(log Tk) to place and those between different documents are skipped.
+/// Otherwise O(tile), and a tile is skipped where the ids of its queries and keys do not
+/// interleave.
 class Documents {
  public:
   template <detail::OffsetRange Ids>
@@ -219,12 +221,12 @@ class Documents {
   detail::IntegerView query_ids_, key_ids_;
 };
 
-/// A mask of blocks: query i sees key j where blocks(i / block_queries, j / block_keys) is true (as in
-/// Child et al. 2019, arXiv:1904.10509). A view of any stored Eigen matrix of bool or of an integer
-/// type with ⌈Tq/block_queries⌉ × ⌈Tk/block_keys⌉ blocks, for all heads, or that many columns for each
-/// query head, side by side. In a batch the same blocks serve every sequence, counted from its first
-/// query and key; they are as many as the longest one has. Empty blocks are skipped; to skip all of
-/// them, let block_queries be a multiple of 128 and block_keys of 32.
+/// A mask of blocks: query i sees key j where blocks(i / block_queries, j / block_keys) is true (as
+/// in Child et al. 2019, arXiv:1904.10509). A view of any stored Eigen matrix of bool or of an
+/// integer type with ⌈Tq/block_queries⌉ × ⌈Tk/block_keys⌉ blocks, for all heads, or that many
+/// columns for each query head, side by side. In a batch the same blocks serve every sequence,
+/// counted from its first query and key; they are as many as the longest one has. Empty blocks are
+/// skipped; to skip all of them, let block_queries be a multiple of 128 and block_keys of 32.
 template <class Element>
 class BlockSparse {
  public:
