@@ -67,6 +67,7 @@ inline Index rotary_width(const Require& require, Extent input, Index positions,
 template <class Scalar, class Positions>
 void rotate(MatrixView<const Scalar> from, const Positions& positions, MatrixView<Scalar> to,
             const RotaryOptions& options, Index width, double turn) {
+  using Sum = accumulator_t<Scalar>;
   const Index of_head = from.cols / options.heads, half = width / 2;
   const bool adjacent = options.pairs == RotaryPairs::adjacent;
   for (Index c = 0; c < half; ++c) {
@@ -75,13 +76,13 @@ void rotate(MatrixView<const Scalar> from, const Positions& positions, MatrixVie
     for (Index i = 0; i < from.rows; ++i) {
       const auto position = std::ranges::begin(positions)[static_cast<std::ptrdiff_t>(i)];
       const double angle = static_cast<double>(position) * frequency;
-      const auto cosine = static_cast<Scalar>(std::cos(angle)),
-                 sine = static_cast<Scalar>(std::sin(angle));
+      const auto cosine = static_cast<Sum>(std::cos(angle)),
+                 sine = static_cast<Sum>(std::sin(angle));
       for (Index first = 0; first < from.cols; first += of_head) {
         const Index a = first + (adjacent ? 2 * c : c), b = adjacent ? a + 1 : a + half;
-        const Scalar x = from(i, a), y = from(i, b);
-        to(i, a) = x * cosine - y * sine;
-        to(i, b) = x * sine + y * cosine;
+        const auto x = static_cast<Sum>(from(i, a)), y = static_cast<Sum>(from(i, b));
+        to(i, a) = static_cast<Scalar>(x * cosine - y * sine);
+        to(i, b) = static_cast<Scalar>(x * sine + y * cosine);
       }
     }
   }
