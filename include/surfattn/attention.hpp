@@ -130,7 +130,8 @@ void attention_backward_into(const Queries& queries, const Keys& keys, const Val
   const auto& o = detail::stored(out);
   const auto& l = detail::stored(log_sum_exp);
   const auto& g = detail::stored(detail::grad_out_of(grad_out));
-  const auto& gl = detail::stored(detail::grad_log_sum_exp_of(grad_out));
+  const auto& grad_sums = detail::grad_log_sum_exp_of(grad_out);
+  const auto& gl = detail::stored(grad_sums);
   const auto upstream = detail::upstream_of<GradOut>(o, l, g, gl);
   detail::GradientOutputs<Scalar> gradients{
       detail::view(grad_queries), detail::view(grad_keys), {}, {}};

@@ -190,7 +190,8 @@ void project_backward_into(const Queries& queries, const Keys& keys, const Out& 
   const auto& o = detail::stored(out);
   const auto& l = detail::stored(log_sum_exp);
   const auto& g = detail::stored(detail::grad_out_of(grad_out));
-  const auto& gl = detail::stored(detail::grad_log_sum_exp_of(grad_out));
+  const auto& grad_sums = detail::grad_log_sum_exp_of(grad_out);
+  const auto& gl = detail::stored(grad_sums);
   const auto operands = detail::surface_operands(q, k, options, require);
   const auto upstream = detail::upstream_of<GradOut>(o, l, g, gl);
   const detail::Shape& shape = operands.shape;
