@@ -185,9 +185,11 @@ Result tiled_in(const Problem& p, const detail::Tiling* forward, const detail::T
                   Workspace(forward_plan.workspace_size()), nullptr);
   Matrix<S> grad_queries(n.queries.rows(), n.queries.cols()),
       grad_keys = n.keys, grad_values = n.values, grad_log_prior(shape.keys, shape.key_value_heads);
-  detail::GradientOutputs<S> gradients{
-      detail::view(grad_queries), detail::view(grad_keys), {}, detail::view(grad_log_prior),
-      detail::view(grad_queries)};
+  detail::GradientOutputs<S> gradients{detail::view(grad_queries),
+                                       detail::view(grad_keys),
+                                       {},
+                                       detail::view(grad_log_prior),
+                                       detail::view(grad_queries)};
   if (!surface) gradients.values = detail::view(grad_values);
   const Forward<S>& read = f;
   const auto plan_backward = [&](const detail::Shape& sequence, const auto& use) {

@@ -688,4 +688,41 @@ TEST_CASE("No term and no option allocates", "[storage]") {
   CHECK(allocations_with(p, {.scale = 0.5, .heads = heads, .prior = KeyPrior::sdpa}) == 0);
 }
 
+TEST_CASE("Masks of every kind allocate nothing", "[storage]") {
+  const Problem<double> p;
+  CAPTURE(seed());
+  const std::vector<int> query_ids{0, 0, 0, 1, 1, 1, 2, 2, 2}, key_ids(num_keys, 1), lengths{11};
+  const Matrix<bool> blocks = Matrix<bool>::Constant(3, 5, true);
+  const SlidingWindow window{.left = 3, .right = 0, .align = Align::bottom_right};
+  const auto masks = surfattn::any_of(
+      surfattn::all_of(window, surfattn::BlockSparse(blocks, 3, 4)),
+      surfattn::none_of(surfattn::Documents(query_ids, key_ids), surfattn::QueryLengths(4)),
+      surfattn::MaskFunction([](Index i, Index j) { return i == j; }),
+      surfattn::PrefixCausal(lengths, Align::top_left), surfattn::Dilated{3, Align::top_left});
+  CHECK(allocations_with(p, p.surface_options, masks, KeyLengths(lengths)) == 0);
+}
+
+TEST_CASE("Batches, gradients of log_sum_exp and merging allocate nothing", "[storage]") {
+  Problem<double> p;
+  CAPTURE(seed());
+  const std::vector<int> query_offsets{0, 2, 2, 9}, key_offsets{0, 10, 12, 17};
+  p.options.sequences = p.surface_options.sequences = {query_offsets, key_offsets};
+  const Matrix<double> grad_log_sum_exp = Matrix<double>::Ones(num_queries, query_heads);
+  auto o = plain_outputs();
+  const Workspace workspace(bytes_for(p));
+  const Forward<double> parts[] = {p.attention, p.attention};
+  std::size_t count = 0;
+  {
+    const NoAllocation watch;
+    run_into(p, o, workspace);
+    attention_backward_into(p.queries, p.keys, p.values, p.attention.out, p.attention.log_sum_exp,
+                            surfattn::ForwardGradients{p.grad_out, grad_log_sum_exp},
+                            o.grad_queries.matrix, o.grad_keys.matrix, o.grad_values.matrix,
+                            workspace, p.options);
+    surfattn::merge_partials_into(parts, o.out.matrix, o.log_sum_exp.matrix);
+    count = watch.count();
+  }
+  CHECK(count == 0);
+}
+
 }  // namespace

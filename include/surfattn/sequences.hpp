@@ -39,8 +39,32 @@ class IntegerView {
 
   Index size() const { return size_; }
 
+  IntegerView part(Index first, Index count) const {
+    IntegerView part = *this;
+    part.data_ = static_cast<const char*>(data_) + first * (is_wide_ ? 8 : 4);
+    part.size_ = count;
+    return part;
+  }
+
+  bool is_sorted() const {
+    for (Index place = 1; place < size_; ++place) {
+      if ((*this)[place] < (*this)[place - 1]) return false;
+    }
+    return true;
+  }
+
   Index operator[](Index place) const {
     return is_wide_ ? read<std::int64_t>(place) : read<std::int32_t>(place);
+  }
+
+  /// Calls `use` with a function that reads a number at a place, for use in loops.
+  template <class Use>
+  void with_reader(const Use& use) const {
+    if (is_wide_) {
+      use([this](Index place) { return read<std::int64_t>(place); });
+    } else {
+      use([this](Index place) { return read<std::int32_t>(place); });
+    }
   }
 
  private:
@@ -70,6 +94,11 @@ class IntegerView {
 ///     attention(q, k, v, {.sequences = offsets});                    // self-attention
 ///     attention(q, k, v, {.sequences = {query_offsets, key_offsets}});
 ///     attention(q, k, v, {.sequences = Sequences::equal(64)});       // 64 of one length
+///
+/// Memory in which heads come before tokens, (batch, heads, length, width), is, where there are as
+/// many key heads as query heads, a batch of batch·heads sequences of one head each, seen through a
+/// Map with batch·heads·length rows: Sequences::equal(batch * heads), and nothing is copied. (Terms
+/// that differ from head to head then see one head only.)
 class Sequences {
  public:
   /// All rows are one sequence.

@@ -50,48 +50,54 @@ Operands<scalar_t<Queries>> surface_operands(const Queries& queries, const Keys&
   return operands;
 }
 
+/// ‖row − origin‖².
+template <class Scalar>
+accumulator_t<Scalar> squared_distance(MatrixView<const Scalar> row,
+                                       MatrixView<const Scalar> origin) {
+  accumulator_t<Scalar> distance(0);
+  simd::squared_distances(row, origin, &distance);
+  return distance;
+}
+
 /// dβ of one key/value head. S_ij = β·q_i·k_j − (β/2)(‖q_i‖² + ‖k_j‖²) does not change when all
-/// points move by the same m, so, with r_i = Σ_j dS_ij, which is 0 unless modifiers or sinks act,
+/// points move by the same m, so, with r_i = Σ_j dS_ij, which is 0 unless modifiers or sinks act or
+/// the loss depends on log_sum_exp,
 ///
 ///     dβ = (1/β)·Σ_i (q_i − m)·dq_i + ½ Σ_i r_i‖q_i − m‖² − ½ Σ_j c_j‖k_j − m‖²
 ///
 /// for every m. The first key that took part serves: about it, the numbers are as small as the
-/// surface is wide. With the prior `sdpa` the norms fall away, and m must be 0. `row_sums` holds r_i
-/// at head·Tq + i, or is null where they are 0.
+/// surface is wide. With the prior `sdpa` the norms fall away, and m must be 0.
 template <class Scalar>
 accumulator_t<Scalar> scale_gradient(const Operands<Scalar>& operands, Index head,
                                      MatrixView<const accumulator_t<Scalar>> grad_queries,
                                      MatrixView<const accumulator_t<Scalar>> grad_key_bias,
-                                     const accumulator_t<Scalar>* row_sums) {
+                                     const RawRowSums<Scalar>& row_sums) {
   using Accumulator = accumulator_t<Scalar>;
   const auto keys = operands.key_head(head);
   const auto took_part = [&](Index key) { return grad_key_bias(key, head) != Accumulator(0); };
   Index first = 0;
   while (first < keys.rows && !took_part(first)) ++first;
-  if (first == keys.rows) return Accumulator(0);
   const bool has_norms = operands.key_norm_weight != Accumulator(0);
   const Scalar zero(0);
-  const auto origin =
-      has_norms ? keys.block_rows(first, 1) : MatrixView<const Scalar>{&zero, 1, keys.cols, 0, 0};
+  const auto origin = has_norms && first < keys.rows
+                          ? keys.block_rows(first, 1)
+                          : MatrixView<const Scalar>{&zero, 1, keys.cols, 0, 0};
   Accumulator of_queries(0), of_norms(0);
   for (Index member = head * operands.shape.group(); member < (head + 1) * operands.shape.group();
        ++member) {
     const auto grad =
         grad_queries.block_cols(member * operands.shape.head_dim, operands.shape.head_dim);
     of_queries += simd::sum_of_products<Accumulator>(grad, operands.query_head(member), origin);
-    for (Index i = 0; row_sums && i < grad.rows; ++i) {
-      const Accumulator sum = row_sums[member * grad.rows + i];
-      if (sum == Accumulator(0)) continue;
-      Accumulator distance(0);
-      simd::squared_distances(operands.query_head(member).block_rows(i, 1), origin, &distance);
-      of_norms -= sum * distance;
+    for (Index i = 0; has_norms && !row_sums.are_zero() && i < grad.rows; ++i) {
+      const Accumulator sum = row_sums.of(member, i);
+      if (sum == Accumulator(0)) continue;  // took no part, whatever the query holds
+      of_norms -= sum * squared_distance(operands.query_head(member).block_rows(i, 1), origin);
     }
   }
   for (Index j = first; has_norms && j < keys.rows; ++j) {
     if (!took_part(j)) continue;
-    Accumulator distance(0);
-    simd::squared_distances(keys.block_rows(j, 1), origin, &distance);
-    of_norms += static_cast<Accumulator>(grad_key_bias(j, head)) * distance;
+    of_norms += static_cast<Accumulator>(grad_key_bias(j, head)) *
+                squared_distance(keys.block_rows(j, 1), origin);
   }
   return of_queries / operands.scale - of_norms / 2;
 }
@@ -100,7 +106,7 @@ accumulator_t<Scalar> scale_gradient(const Operands<Scalar>& operands, Index hea
 template <class Scalar>
 accumulator_t<Scalar> scale_gradient(const Operands<Scalar>& operands,
                                      const GradientOutputs<Scalar>& gradients,
-                                     const accumulator_t<Scalar>* row_sums) {
+                                     const RawRowSums<Scalar>& row_sums) {
   accumulator_t<Scalar> grad_scale(0);
   for (Index head = 0; head < operands.shape.key_value_heads; ++head) {
     grad_scale +=
@@ -159,11 +165,12 @@ void project_forward_into(const Queries& queries, const Keys& keys, Out&& out,
 /// Gradients of a loss with respect to queries, keys, bandwidth and log-prior, without allocating.
 ///
 /// `out` and `log_sum_exp` are what project_forward_into wrote for the same inputs, options and
-/// terms; `grad_out` is ∂loss/∂out. Every gradient is overwritten, and none may overlap an input or
-/// another output: `grad_queries` and `grad_keys` of their inputs' shapes, `grad_bandwidth` a
-/// scalar, `grad_log_prior` Tk × Hkv also where one prior serves all heads (its gradient is then
-/// the sum over the columns). Terms with parameters as for attention_backward_into. `workspace`
-/// needs workspace_size(Pass::backward, queries, keys, options, terms...) bytes.
+/// terms; `grad_out` is ∂loss/∂out, or ForwardGradients. Every gradient is overwritten, and none
+/// may overlap an input or another output: `grad_queries` and `grad_keys` of their inputs' shapes,
+/// `grad_bandwidth` a scalar, `grad_log_prior` Tk × Hkv also where one prior serves all heads (its
+/// gradient is then the sum over the columns). Terms with parameters as for
+/// attention_backward_into. `workspace` needs workspace_size(Pass::backward, queries, keys,
+/// options, terms...) bytes.
 template <class Queries, class Keys, class Out, class LogSumExp, class GradOut, class GradQueries,
           class GradKeys, class GradLogPrior, class... Terms>
 void project_backward_into(const Queries& queries, const Keys& keys, const Out& out,
@@ -172,9 +179,9 @@ void project_backward_into(const Queries& queries, const Keys& keys, const Out& 
                            accumulator_t<detail::scalar_t<Queries>>& grad_bandwidth,
                            GradLogPrior&& grad_log_prior, const Workspace& workspace,
                            const SurfaceOptions& options = {}, const Terms&... terms) {
-  detail::check_inputs_at_compile_time<Queries, Keys, Out, GradOut>();
+  detail::check_inputs_at_compile_time<Queries, Keys, Out, detail::grad_out_t<GradOut>>();
   using Scalar = detail::scalar_t<Queries>;
-  detail::check_sums_at_compile_time<Scalar, LogSumExp>();
+  detail::check_sums_at_compile_time<Scalar, LogSumExp, detail::grad_log_sum_exp_t<GradOut>>();
   detail::check_outputs_at_compile_time<Scalar, GradQueries, GradKeys>();
   detail::check_writable_sums_at_compile_time<Scalar, GradLogPrior>();
   constexpr detail::Require require("project_backward");
@@ -182,8 +189,11 @@ void project_backward_into(const Queries& queries, const Keys& keys, const Out& 
   const auto& k = detail::stored(keys);
   const auto& o = detail::stored(out);
   const auto& l = detail::stored(log_sum_exp);
-  const auto& g = detail::stored(grad_out);
+  const auto& g = detail::stored(detail::grad_out_of(grad_out));
+  const auto& grad_sums = detail::grad_log_sum_exp_of(grad_out);
+  const auto& gl = detail::stored(grad_sums);
   const auto operands = detail::surface_operands(q, k, options, require);
+  const auto upstream = detail::upstream_of<GradOut>(o, l, g, gl);
   const detail::Shape& shape = operands.shape;
   require.shape("grad_log_prior", detail::extent(grad_log_prior),
                 {shape.keys, shape.key_value_heads}, "keys × key/value heads");
@@ -191,9 +201,8 @@ void project_backward_into(const Queries& queries, const Keys& keys, const Out& 
       detail::view(grad_queries), detail::view(grad_keys), {}, detail::view(grad_log_prior)};
   accumulator_t<Scalar> grad_scale(0);
   detail::run_backward(
-      operands, {detail::view(o), detail::view(l), detail::view(g)}, gradients, workspace,
-      options.executor, require,
-      [&](const auto& sequence, const auto& of_sequence, const auto* row_sums) {
+      operands, upstream, gradients, workspace, options.executor, require,
+      [&](const auto& sequence, const auto& of_sequence, const auto& row_sums) {
         grad_scale += detail::scale_gradient<Scalar>(sequence, of_sequence, row_sums);
       },
       terms...);
@@ -262,18 +271,21 @@ auto project_forward(const Queries& queries, const Keys& keys, const SurfaceOpti
 ///     dQ = β·dS·K,   dK = Wᵀ·dO + β·(dSᵀ·Q − c∘K),   d log π = c,
 ///     dβ = (1/β)·Σ Q∘dQ − ½ Σ_j c_j‖k_j‖²,   dσ = −2β^(3/2)·dβ,
 ///
-/// where the two terms with ‖k‖² and c∘K fall away for KeyPrior::sdpa, whose log π_j = β‖k_j‖²/2
-/// moves with keys and bandwidth. `log_prior` is the gradient with respect to a number added to log
-/// π_j, under every prior: Tk × Hkv, or Tk × 1 for an explicit Tk × 1 prior. `forward` must come
-/// from project_forward with the same inputs, options and terms. A query that sees no key gets and
-/// gives gradient 0; so does a key that no query sees. Gradients of terms with parameters as for
-/// attention_backward. Allocates the gradients and a workspace of
-/// O(block) numbers. Time O(Hq·Tq·Tk·5d). Errors as for `project`.
+/// Where the loss depends on log_sum_exp too, give ForwardGradients{grad_out, grad_log_sum_exp} for
+/// grad_out: then D_i = dO_i·O_i − dL_i, and the norm of the query in L_i adds −β·dL_i·q_i to dq_i
+/// and ½ Σ_i dL_i‖q_i‖² to dβ. The terms with norms and c∘K fall away for KeyPrior::sdpa, whose log
+/// π_j = β‖k_j‖²/2 moves with keys and bandwidth. `log_prior` is the gradient with respect to a
+/// number added to log π_j, under every prior: Tk × Hkv, or Tk × 1 for an explicit Tk × 1 prior.
+/// `forward` must come from project_forward with the same inputs, options and terms. A query that
+/// sees no key gets and gives gradient 0; so does a key that no query sees. Gradients of terms with
+/// parameters as for attention_backward. Allocates the gradients and a workspace of O(block)
+/// numbers. Time O(Hq·Tq·Tk·5d). Errors as for `project`.
 template <class Queries, class Keys, class Scalar, class GradOut, class... Terms>
 auto project_backward(const Queries& queries, const Keys& keys, const Forward<Scalar>& forward,
                       const GradOut& grad_out, const SurfaceOptions& options = {},
                       const Terms&... terms) {
-  detail::check_inputs_at_compile_time<Queries, Keys, Matrix<Scalar>, GradOut>();
+  detail::check_inputs_at_compile_time<Queries, Keys, Matrix<Scalar>,
+                                       detail::grad_out_t<GradOut>>();
   constexpr detail::Require require("project_backward");
   const auto shape = require.shapes(detail::extent(queries), detail::extent(keys),
                                     detail::extent(keys), options.heads, options.sequences);

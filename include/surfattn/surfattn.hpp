@@ -5,8 +5,11 @@
 #include <surfattn/attention.hpp>
 #include <surfattn/error.hpp>
 #include <surfattn/executor.hpp>
+#include <surfattn/inspect.hpp>
 #include <surfattn/layers.hpp>
 #include <surfattn/options.hpp>
+#include <surfattn/partials.hpp>
+#include <surfattn/rotary.hpp>
 #include <surfattn/sequences.hpp>
 #include <surfattn/surface.hpp>
 #include <surfattn/terms.hpp>

@@ -51,6 +51,14 @@ struct Heads {
   std::optional<Index> key_value = {};
 };
 
+/// In the place of values: the value of a key is its own first `columns` numbers, of each head, and
+/// the rest of the key is not read out: dv = columns ≤ d. One matrix is then keys and values,
+/// packed once, and its gradient is one. So in attention to a shared latent with a position
+/// appended to it (DeepSeek-V2 2024, arXiv:2405.04434, section 2.1).
+struct LeftColumns {
+  Index columns;
+};
+
 /// The result of a forward pass, which is all that the backward pass needs besides the inputs.
 template <class Scalar>
 struct Forward {
@@ -59,12 +67,23 @@ struct Forward {
   Matrix<accumulator_t<Scalar>> log_sum_exp;
 };
 
+/// The gradient of a loss that depends on both results of a forward pass: given to a backward pass
+/// in the place of grad_out. A Forward may hold it as well. References, to be used within the call.
+template <class Out, class LogSumExp>
+struct ForwardGradients {
+  const Out& out;  ///< ∂loss/∂out, Tq × (Hq·dv)
+  /// ∂loss/∂log_sum_exp, Tq × Hq; not read where a query sees no key
+  const LogSumExp& log_sum_exp;
+};
+template <class Out, class LogSumExp>
+ForwardGradients(const Out&, const LogSumExp&) -> ForwardGradients<Out, LogSumExp>;
+
 /// Gradients of a loss with respect to the inputs of `attention`, each of its input's shape.
 template <class Scalar>
 struct AttentionGradients {
   Matrix<Scalar> queries;  ///< Tq × (Hq·d)
   Matrix<Scalar> keys;     ///< Tk × (Hkv·d)
-  Matrix<Scalar> values;   ///< Tk × (Hkv·dv)
+  Matrix<Scalar> values;   ///< Tk × (Hkv·dv); of no size where they are LeftColumns of the keys
 };
 
 /// `Gradients`, and those of the parameters of each trainable term, in the order in which the terms

@@ -110,10 +110,32 @@ ExactHead exact_head(const Doubles& queries, const Doubles& keys, const Doubles&
           scale};
 }
 
-/// Standard form: engine in Scalar, plain in Scalar, exact in High.
-template <class Scalar, class High>
-void check_standard_form(const Problem<Scalar>& p, MaskKind mask_kind) {
-  const auto mask = dense_mask(mask_kind, p.queries.rows(), p.keys.rows());
+/// What a loss depends on.
+enum class Loss { of_out, of_out_and_log_sum_exp };
+
+/// ∂loss/∂log_sum_exp as the reference takes it, and 0 for a query that sees no key.
+template <class S, class Scalar>
+Matrix<S> grad_log_sum_exp(const Problem<Scalar>& p, Loss loss, const Matrix<S>& log_sum_exp) {
+  if (loss == Loss::of_out) return {};
+  Matrix<S> grad = p.grad_log_sum_exp.template cast<S>();
+  for (Index i = 0; i < grad.size(); ++i) {
+    if (std::isinf(double(log_sum_exp.data()[i]))) grad.data()[i] = S(0);
+  }
+  return grad;
+}
+
+/// Calls `use` with what the library's backward pass takes for grad_out.
+template <class Scalar, class Use>
+auto with_upstream(const Problem<Scalar>& p, Loss loss, const Matrix<Scalar>& grad_out,
+                   const Use& use) {
+  return loss == Loss::of_out ? use(grad_out) : use(ForwardGradients{grad_out, p.grad_log_sum_exp});
+}
+
+/// Standard form: engine in Scalar, plain in Scalar, exact in High. `with(use)` calls `use` with the
+/// terms that stand for the mask.
+template <class Scalar, class High, class With>
+void check_standard_form(const Problem<Scalar>& p, const reference::Mask& mask, Loss loss,
+                         const With& with) {
   const reference::Heads heads{p.sizes.query_heads, p.sizes.key_value_heads};
   const double scale = 0.625 / std::sqrt(static_cast<double>(std::max<Index>(p.sizes.head_dim, 1)));
   const Options options{.scale = scale, .heads = p.heads};
@@ -121,26 +143,31 @@ void check_standard_form(const Problem<Scalar>& p, MaskKind mask_kind) {
   const Matrix<High> q = p.queries.template cast<High>(), k = p.keys.template cast<High>(),
                      v = p.values.template cast<High>(), g = p.grad_out.template cast<High>();
   const auto exact = reference::attention_forward<High>(q, k, v, High(scale), heads, mask);
-  const auto exact_grad = reference::attention_backward<High>(q, k, v, High(scale), heads, mask, g);
+  const auto exact_grad = reference::attention_backward<High>(
+      q, k, v, High(scale), heads, mask, g, grad_log_sum_exp<High>(p, loss, exact.log_sum_exp));
   const auto plain =
       reference::attention_forward<Scalar>(p.queries, p.keys, p.values, Scalar(scale), heads, mask);
   const auto plain_grad = reference::attention_backward<Scalar>(
-      p.queries, p.keys, p.values, Scalar(scale), heads, mask, p.grad_out);
+      p.queries, p.keys, p.values, Scalar(scale), heads, mask, p.grad_out,
+      grad_log_sum_exp<Scalar>(p, loss, plain.log_sum_exp));
 
   WholeBounds whole(p, p.values.cols());
   for (Index head = 0; head < heads.query; ++head) {
-    const auto one =
+    auto one =
         exact_head<High>(doubles(p.queries), doubles(p.keys), doubles(p.values),
                          doubles(p.grad_out), exact, head, heads.query, heads.key_value, scale);
+    if (loss != Loss::of_out)
+      one.grad_log_sum_exp = doubles(grad_log_sum_exp<High>(p, loss, exact.log_sum_exp)).col(head);
     whole.add(ErrorModel<Scalar>(one).bounds(), head);
   }
-  with_terms(mask_kind, p.queries.rows(), p.keys.rows(), [&](const auto&... terms) {
+  with([&](const auto&... terms) {
     const auto fast = attention_forward(p.queries, p.keys, p.values, options, terms...);
     check_error("out", fast.out, plain.out, exact.out, whole.sum.out);
     check_error("log_sum_exp", fast.log_sum_exp, plain.log_sum_exp, exact.log_sum_exp,
                 whole.sum.log_sum_exp);
-    const auto grad =
-        attention_backward(p.queries, p.keys, p.values, fast, p.grad_out, options, terms...);
+    const auto grad = with_upstream(p, loss, p.grad_out, [&](const auto& upstream) {
+      return attention_backward(p.queries, p.keys, p.values, fast, upstream, options, terms...);
+    });
     check_error("grad queries", grad.queries, plain_grad.queries, exact_grad.queries,
                 whole.sum.grad_queries);
     check_error("grad keys", grad.keys, plain_grad.keys, exact_grad.keys, whole.sum.grad_keys);
@@ -154,10 +181,12 @@ enum class PriorKind { uniform, sdpa, explicit_weights };
 template <class S>
 auto surface_reference_backward(PriorKind prior, const Matrix<S>& q, const Matrix<S>& k,
                                 S bandwidth, const Matrix<S>& log_prior, reference::Heads heads,
-                                const reference::Mask& mask, const Matrix<S>& grad) {
+                                const reference::Mask& mask, const Matrix<S>& grad,
+                                const Matrix<S>& grad_log_sum_exp) {
   return prior == PriorKind::sdpa
              ? reference::project_backward_sdpa<S>(q, k, bandwidth, heads, mask, grad)
-             : reference::project_backward<S>(q, k, bandwidth, log_prior, heads, mask, grad);
+             : reference::project_backward<S>(q, k, bandwidth, log_prior, heads, mask, grad,
+                                              grad_log_sum_exp);
 }
 
 /// The log-prior as a matrix, from which the reference computes; none for the uniform prior.
@@ -176,10 +205,12 @@ KeyPrior library_prior(PriorKind prior, const Matrix<Scalar>& log_prior) {
   return log_prior;
 }
 
-/// Surface form, likewise.
-template <class Scalar, class High>
-void check_surface_form(const Problem<Scalar>& p, MaskKind mask_kind, PriorKind prior) {
-  const auto mask = dense_mask(mask_kind, p.queries.rows(), p.keys.rows());
+/// Surface form, likewise. With the sdpa prior the loss is one of the projection alone: the
+/// log-sum-exp is then not the reference's, which has the norm of the query.
+template <class Scalar, class High, class With>
+void check_surface_form(const Problem<Scalar>& p, const reference::Mask& mask, PriorKind prior,
+                        Loss loss, const With& with) {
+  if (prior == PriorKind::sdpa) loss = Loss::of_out;
   const reference::Heads heads{p.sizes.query_heads, p.sizes.key_value_heads};
   const double bandwidth =
       1.25 * std::pow(static_cast<double>(std::max<Index>(p.sizes.head_dim, 1)), 0.25);
@@ -193,11 +224,13 @@ void check_surface_form(const Problem<Scalar>& p, MaskKind mask_kind, PriorKind 
       reference_prior<Scalar>(prior, p.keys, p.log_prior, Scalar(bandwidth), heads);
   auto exact = reference::project_forward<High>(q, k, High(bandwidth), prior_high, heads, mask);
   const auto exact_grad =
-      surface_reference_backward<High>(prior, q, k, High(bandwidth), prior_high, heads, mask, g);
+      surface_reference_backward<High>(prior, q, k, High(bandwidth), prior_high, heads, mask, g,
+                                       grad_log_sum_exp<High>(p, loss, exact.log_sum_exp));
   auto plain = reference::project_forward<Scalar>(p.queries, p.keys, Scalar(bandwidth), prior_same,
                                                   heads, mask);
   const auto plain_grad = surface_reference_backward<Scalar>(
-      prior, p.queries, p.keys, Scalar(bandwidth), prior_same, heads, mask, p.grad_projection);
+      prior, p.queries, p.keys, Scalar(bandwidth), prior_same, heads, mask, p.grad_projection,
+      grad_log_sum_exp<Scalar>(p, loss, plain.log_sum_exp));
 
   if (prior == PriorKind::sdpa) {
     // Its log-sum-exp is that of the scores β·q·k.
@@ -218,6 +251,9 @@ void check_surface_form(const Problem<Scalar>& p, MaskKind mask_kind, PriorKind 
       one.query_bias = scale / 2 * one.queries.rowwise().squaredNorm();
       one.key_bias_magnitude = scale / 2 * one.keys.rowwise().squaredNorm();
     }
+    one.has_query_norm = prior != PriorKind::sdpa;
+    if (loss != Loss::of_out)
+      one.grad_log_sum_exp = doubles(grad_log_sum_exp<High>(p, loss, exact.log_sum_exp)).col(head);
     if (prior == PriorKind::explicit_weights) {
       one.key_bias_magnitude +=
           doubles(p.log_prior).cwiseAbs().col(head / (heads.query / heads.key_value));
@@ -226,13 +262,14 @@ void check_surface_form(const Problem<Scalar>& p, MaskKind mask_kind, PriorKind 
   }
   const SurfaceOptions options{
       .heads = p.heads, .bandwidth = bandwidth, .prior = library_prior(prior, p.log_prior)};
-  with_terms(mask_kind, p.queries.rows(), p.keys.rows(), [&](const auto&... terms) {
+  with([&](const auto&... terms) {
     const auto fast = project_forward(p.queries, p.keys, options, terms...);
     check_error("projection", fast.out, plain.out, exact.out, whole.sum.out);
     check_error("log_sum_exp", fast.log_sum_exp, plain.log_sum_exp, exact.log_sum_exp,
                 whole.sum.log_sum_exp);
-    const auto grad =
-        project_backward(p.queries, p.keys, fast, p.grad_projection, options, terms...);
+    const auto grad = with_upstream(p, loss, p.grad_projection, [&](const auto& upstream) {
+      return project_backward(p.queries, p.keys, fast, upstream, options, terms...);
+    });
     check_error("grad queries", grad.queries, plain_grad.queries, exact_grad.queries,
                 whole.sum.grad_queries);
     check_error("grad keys", grad.keys, plain_grad.keys, exact_grad.keys,
@@ -282,13 +319,19 @@ void check_odd_sizes(double most_products) {
     const Problem<Scalar> problem(s, random);
     const MaskKind mask = all_masks[turn % std::size(all_masks)];
     const PriorKind prior = PriorKind(turn / 2 % 3);
+    const Loss loss = Loss(turn / 3 % 2);
     ++turn;
     CAPTURE(seed());
     INFO("queries " << s.queries << ", keys " << s.keys << ", widths " << s.head_dim << " and "
                     << s.value_dim << ", heads " << s.query_heads << " and " << s.key_value_heads
-                    << ", mask " << int(mask) << ", prior " << int(prior));
-    check_standard_form<Scalar, High>(problem, mask);
-    check_surface_form<Scalar, High>(problem, mask, prior);
+                    << ", mask " << int(mask) << ", prior " << int(prior) << ", loss "
+                    << int(loss));
+    const auto with = [&](const auto& use) {
+      with_terms(mask, problem.queries.rows(), problem.keys.rows(), use);
+    };
+    const auto dense = dense_mask(mask, problem.queries.rows(), problem.keys.rows());
+    check_standard_form<Scalar, High>(problem, dense, loss, with);
+    check_surface_form<Scalar, High>(problem, dense, prior, loss, with);
   }
 }
 

@@ -8,11 +8,12 @@
 //     L = log Σ exp S          E_L  = Σ_j W·E_S + g(Tk) + 16u + 4u|L|
 //     W = exp(S − L)           E_W  = W∘(E_S + E_L + 16u)
 //     O = W·V                  E_O  = E_W·|V| + g(Tk)·W·|V| + 4u|O|
-//     dP = dO·Vᵀ, D = dO·O     E_dP = g(dv)·|dO|·|V|ᵀ,   E_D = |dO|·E_O + g(dv)·|dO|·|O|
+//     dP = dO·Vᵀ, D = dO·O − dL   E_dP = g(dv)·|dO|·|V|ᵀ,   E_D = |dO|·E_O + g(dv)·|dO|·|O| + u|dL|
 //     dS = W∘(dP − D)          E_dS = E_W∘|dP − D| + W∘(E_dP + E_D + u(|dP| + |D|)) + 4u|dS|
 //     c = Σ_i dS               E_c  = Σ_i E_dS + g(Tq)·Σ_i |dS|
 //     dQ = β·dS·K              E_dQ = β·(E_dS·|K| + g(Tk)·|dS|·|K|) + 4u|dQ|
 //     dK = β·dSᵀ·Q, dV = Wᵀ·dO likewise; the surface form's dK has both, and β·c∘k with β·(E_c + 4u|c|)·|k|
+//     the surface form's dQ also has −β·dL∘q, with 4u·β|dL∘q|
 //     dβ = Σ q∘dQ/β − ½Σ c‖k‖² E_dβ = Σ (|q|∘E_dQ + g(Tq·d)|q∘dQ|)/β + ½Σ (E_c + g(Tk + d)|c|)‖k‖²
 #pragma once
 
@@ -30,6 +31,8 @@ struct ExactHead {
   Doubles weights, out, log_sum_exp;       // log_sum_exp: Tq × 1
   Doubles query_bias, key_bias_magnitude;  // |a| (Tq × 1) and a bound on the terms of |b| (Tk × 1)
   double scale = 1;
+  Doubles grad_log_sum_exp = {};  // Tq × 1, or none
+  bool has_query_norm = false;    // in the log-sum-exp
 };
 
 struct Bounds {
@@ -64,11 +67,14 @@ class ErrorModel {
     b.out = e_w * v + g(tk) * w * v + 4 * u * o;
 
     const Doubles dp = head_.grad_out * head_.values.transpose();
-    const Doubles delta = head_.grad_out.cwiseProduct(head_.out).rowwise().sum();
+    Doubles delta = head_.grad_out.cwiseProduct(head_.out).rowwise().sum();
+    const Doubles dl =
+        head_.grad_log_sum_exp.size() > 0 ? head_.grad_log_sum_exp : Doubles(Doubles::Zero(tq, 1));
+    delta -= dl;
     Doubles ds = dp, e_x = g(dv) * go * v.transpose() + u * dp.cwiseAbs();
     ds.colwise() -= delta.col(0);
     e_x.colwise() += (go.cwiseProduct(b.out) + g(dv) * go.cwiseProduct(o)).rowwise().sum() +
-                     u * delta.cwiseAbs().col(0);
+                     u * delta.cwiseAbs().col(0) + u * dl.cwiseAbs().col(0);
     Doubles e_ds = e_w.cwiseProduct(ds.cwiseAbs()) + w.cwiseProduct(e_x);
     ds = w.cwiseProduct(ds).eval();
     e_ds += 4 * u * ds.cwiseAbs();
@@ -78,7 +84,10 @@ class ErrorModel {
     b.grad_keys = beta * (e_ds.transpose() * q + (g(tq) + 4 * u) * s.transpose() * q);
     b.grad_values = e_w.transpose() * go + (g(tq) + 4 * u) * w.transpose() * go;
     b.grad_key_bias = (e_ds + g(tq) * s).colwise().sum().transpose();
-    finish_surface(ds, q, k, beta, b);
+    if (head_.has_query_norm)
+      b.grad_queries +=
+          4 * u * beta * (q.array().colwise() * dl.cwiseAbs().col(0).array()).matrix();
+    finish_surface(ds, dl.cwiseAbs(), q, k, beta, b);
     return b;
   }
 
@@ -91,8 +100,8 @@ class ErrorModel {
     return x.unaryExpr([](double value) { return std::isfinite(value) ? std::abs(value) : 0; });
   }
 
-  void finish_surface(const Doubles& ds, const Doubles& q, const Doubles& k, double beta,
-                      Bounds& b) const {
+  void finish_surface(const Doubles& ds, const Doubles& dl, const Doubles& q, const Doubles& k,
+                      double beta, Bounds& b) const {
     const Doubles c = ds.colwise().sum().transpose();
     const Doubles e_c = b.grad_key_bias + 4 * u * c.cwiseAbs();
     if (head_.keys.cols() == head_.values.cols()) {
@@ -104,6 +113,8 @@ class ErrorModel {
     b.grad_scale =
         (q.cwiseProduct(b.grad_queries).sum() + g(q.size()) * q.cwiseProduct(dq).sum()) / beta +
         (e_c + g(k.rows() + k.cols()) * c.cwiseAbs()).cwiseProduct(norms).sum() / 2;
+    if (head_.has_query_norm)
+      b.grad_scale += 2 * g(q.size()) * dl.cwiseProduct(q.rowwise().squaredNorm()).sum();
   }
 
   const ExactHead& head_;

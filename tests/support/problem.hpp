@@ -17,7 +17,7 @@ struct Sizes {
 template <class Scalar>
 struct Problem {
   Sizes sizes;
-  Matrix<Scalar> queries, keys, values, grad_out, grad_projection, log_prior;
+  Matrix<Scalar> queries, keys, values, grad_out, grad_projection, log_prior, grad_log_sum_exp;
   Heads heads;
 
   Problem(const Sizes& s, std::mt19937_64& random)
@@ -28,6 +28,7 @@ struct Problem {
         grad_out(random_matrix<Scalar>(s.queries, s.query_heads * s.value_dim, random)),
         grad_projection(random_matrix<Scalar>(s.queries, s.query_heads * s.head_dim, random)),
         log_prior(random_matrix<Scalar>(s.keys, s.key_value_heads, random)),
+        grad_log_sum_exp(random_matrix<Scalar>(s.queries, s.query_heads, random)),
         heads{s.query_heads, s.key_value_heads} {}
 };
 

@@ -167,6 +167,15 @@ void run_forward(const Operands<Scalar>& operands, const ForwardOutputs<Scalar>&
   forward(operands, bind, planner, plan, outputs, workspace, executor);
 }
 
+/// What a backward pass reads; `grad_log_sum_exp` counts only where `Gradient` has such a part.
+template <class Gradient, class Out, class LogSumExp, class GradOut, class GradLogSumExp>
+auto upstream_of(const Out& out, const LogSumExp& log_sum_exp, const GradOut& grad_out,
+                 const GradLogSumExp& grad_log_sum_exp) {
+  Upstream<scalar_t<Out>> upstream{view(out), view(log_sum_exp), view(grad_out)};
+  if constexpr (GradientPair<Gradient>) upstream.grad_log_sum_exp = view(grad_log_sum_exp);
+  return upstream;
+}
+
 /// The same for the backward pass; `done` as for `backward`.
 template <class Scalar, class Done, class... Terms>
 void run_backward(const Operands<Scalar>& operands, const Upstream<Scalar>& upstream,
@@ -183,6 +192,10 @@ void run_backward(const Operands<Scalar>& operands, const Upstream<Scalar>& upst
                 "queries × query heads");
   require.shape("grad_out", extent(upstream.grad_out), shape.out_extent(),
                 "the shape of the output");
+  if (upstream.grad_log_sum_exp) {
+    require.shape("grad_out.log_sum_exp", extent(*upstream.grad_log_sum_exp),
+                  shape.log_sum_exp_extent(), "queries × query heads");
+  }
   require.shape("grad_queries", extent(gradients.queries), shape.queries_extent(),
                 "the shape of queries");
   require.shape("grad_keys", extent(gradients.keys), shape.keys_extent(), "the shape of keys");

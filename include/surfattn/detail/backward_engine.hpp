@@ -133,7 +133,7 @@ struct Turns {
 ///
 ///     S = scale·Q·Kᵀ + b,       W = exp(S − L)
 ///     O = W·V                   dP = dO·Vᵀ,   dV += Wᵀ·dO
-///     W = softmax(S)            dS = W∘(dP − D),   D_i = dO_i·O_i
+///     W = softmax(S)            dS = W∘(dP − D),   D_i = dO_i·O_i − dL_i
 ///     b_j                       c_j += Σ_i dS_ij
 ///     S = scale·Q·Kᵀ            dQ += scale·dS·K,   dK += dSᵀ·(scale·Q)
 ///     b_j = w‖k_j‖² + …         dk_j += 2w·c_j·k_j     (once, at the end)
@@ -209,13 +209,13 @@ class BackwardTask {
   void visit_queries(Index head, Index first_query, Index queries, Index turn) {
     bool packed = false;
     for (Index n = 0; n < key_tiles(); ++n) {
-      const Tile tile = terms_.trim({head, first_query, queries, first_key_of(n), keys_of(n)},
-                                    simd::panel_width<Accumulator>);
-      const Coverage coverage = tile.keys > 0 ? terms_.coverage(tile) : Coverage::empty;
-      if (coverage == Coverage::empty) continue;
-      if (!packed) load_queries(tile);
-      packed = true;
-      visit_tile(tile, coverage, n);
+      const Tile whole{head, first_query, queries, first_key_of(n), keys_of(n)};
+      terms_.each_part(whole, simd::panel_width<Accumulator>,
+                       [&](const Tile& tile, Coverage coverage) {
+                         if (!packed) load_queries(tile);
+                         packed = true;
+                         visit_tile(tile, coverage, n);
+                       });
     }
     turns_.wait_for(turn);
     if (packed) add_to_grad_queries(head, first_query, queries);
@@ -249,7 +249,7 @@ class BackwardTask {
               Accumulator(0));
   }
 
-  /// log Σ_j exp S_ij, in units of ln 2, and D_i = dO_i·O_i. A row that saw no key has L = −∞; any
+  /// log Σ_j exp S_ij, in units of ln 2, and D_i = dO_i·O_i − dL_i. A row that saw no key has L = −∞; any
   /// finite number in its place gives it weights exp(−∞) = 0.
   void load_row_statistics(const Tile& tile, MatrixView<const Scalar> grad_out,
                            MatrixView<const Scalar> out) {
@@ -263,6 +263,8 @@ class BackwardTask {
           sees_a_key ? (log_sum_exp - offset) * simd::log2_e<Accumulator> : Accumulator(0);
     }
     simd::row_products(grad_out, out, buffers_.delta);
+    for (Index i = 0; upstream_.grad_log_sum_exp && i < tile.queries; ++i)
+      buffers_.delta[i] -= upstream_.grad_log_sum_exp_of(tile.first_query + i, tile.head);
   }
 
   void visit_tile(const Tile& tile, Coverage coverage, Index key_tile) {
@@ -274,11 +276,12 @@ class BackwardTask {
                simd::packed_left(buffers_.queries.columns, shape_.head_dim, 0, tile.queries),
                keys.transposed_keys + offset * shape_.head_dim, keys.key_bias + offset, weights);
     finish_scores(operands_, terms_, tile, weights, term_task_.records());
+    const Index value_depth = operands_.values_are_keys ? shape_.head_dim : shape_.value_dim;
     simd::set_product<Accumulator>(
         tile.queries, tile.keys, shape_.value_dim,
         simd::packed_left(buffers_.grad_out.columns, shape_.value_dim, 0, tile.queries),
-        {keys.transposed_values + offset * shape_.value_dim,
-         shape_.value_dim * simd::panel_width<Accumulator>},
+        {keys.transposed_values + offset * value_depth,
+         value_depth * simd::panel_width<Accumulator>},
         grad_scores);
     term_task_.drop_gradients(tile, grad_scores);
     differentiate_softmax(tile, weights, grad_scores);

@@ -56,9 +56,9 @@ WorkPlan work_plan(const Shape& batch, const Planner& planner, const Executor* e
 }
 
 /// One worker's way through a batch: work(plan, shared, items) once for each sequence of which it
-/// gets items. `shared` is the sequence's part of the memory that all workers share, and
-/// items(use) calls use(i) for each of its items that the worker takes. As items are taken in order,
-/// the sequences come in order too.
+/// gets items. `shared` is the sequence's part of the memory that all workers share, and items(use)
+/// calls use(i) for each of its items that the worker takes. As items are taken in order, the
+/// sequences come in order too.
 template <class Planner, class Take, class Work>
 void visit_sequences(const Shape& batch, const Planner& planner, Arena shared, const Take& take,
                      const Work& work) {
@@ -118,8 +118,7 @@ struct DoNothing {
 };
 
 /// All gradients, every output written; to those of terms the pass adds. In the end calls
-/// done(operands, gradients, r) for each sequence in order, where r holds r_i = Σ_j dS_ij of the raw
-/// scores at head·Tq + i, or is null where these are 0.
+/// done(operands, gradients, row_sums) for each sequence in order.
 template <class Scalar, class Bind, class Planner, class Done = DoNothing>
 void backward(const Operands<Scalar>& batch, const Bind& bind, const Planner& planner,
               const WorkPlan& plan, const Upstream<Scalar>& upstream,
@@ -138,15 +137,14 @@ void backward(const Operands<Scalar>& batch, const Bind& bind, const Planner& pl
                                plan.arena_of(workspace, worker), items);
                     });
   });
-  const bool has_norms = batch.query_norm_weight != accumulator_t<Scalar>(0);
   for_each_sequence(
       batch.shape, planner, Arena(workspace), [&](const auto& sequence, Arena shared) {
         const auto operands = batch.of_sequence(sequence.shape.sequence);
         const auto of_sequence = gradients.of_sequence(sequence.shape);
         const auto sums = sequence.sums_in(shared);
-        finish_term_gradients(operands, bind(sequence.shape), sums,
-                              upstream.of_sequence(sequence.shape), of_sequence.query_sums);
-        done(operands, of_sequence, has_norms ? sums.raw_rows : nullptr);
+        const auto from = upstream.of_sequence(sequence.shape);
+        finish_term_gradients(operands, bind(sequence.shape), sums, from, of_sequence.query_sums);
+        done(operands, of_sequence, RawRowSums<Scalar>{sums.raw_rows, from});
       });
 }
 

@@ -87,16 +87,15 @@ class ForwardTask {
     bool packed = false;
     for (Index member = 0; member < shape_.group(); ++member) {
       for (Index query = 0; query < queries_; query += tiling_.query_tile) {
-        const Tile tile =
-            terms_.trim({first_head() + member, first_query_ + query,
-                         std::min(tiling_.query_tile, queries_ - query), first_key, keys},
-                        simd::panel_width<Accumulator>);
-        const Coverage coverage = tile.keys > 0 ? terms_.coverage(tile) : Coverage::empty;
-        if (coverage == Coverage::empty) continue;
-        if (!packed) pack_keys(first_key, keys);
-        packed = true;
-        visit_tile(tile, coverage, member * buffers_.member_rows + query,
-                   tile.first_key - first_key);
+        const Tile whole{first_head() + member, first_query_ + query,
+                         std::min(tiling_.query_tile, queries_ - query), first_key, keys};
+        terms_.each_part(whole, simd::panel_width<Accumulator>,
+                         [&](const Tile& tile, Coverage coverage) {
+                           if (!packed) pack_keys(first_key, keys);
+                           packed = true;
+                           visit_tile(tile, coverage, member * buffers_.member_rows + query,
+                                      tile.first_key - first_key);
+                         });
       }
     }
   }

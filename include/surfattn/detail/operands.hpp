@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <limits>
 #include <optional>
 #include <surfattn/detail/require.hpp>
 #include <surfattn/detail/view.hpp>
@@ -34,7 +35,8 @@ struct Operands {
   Shape shape;
   MatrixView<const Scalar> queries;
   MatrixView<const Scalar> keys;
-  MatrixView<const Scalar> values;  ///< the keys once more where `values_are_keys`
+  /// the keys once more where `values_are_keys`: the left columns of each head, if they are wider
+  MatrixView<const Scalar> values;
   /// Tk × Hkv, col_stride 0 where all heads share one; no data where there is none
   MatrixView<const Accumulator> log_prior;
   Accumulator scale{1};
@@ -49,7 +51,8 @@ struct Operands {
     return keys.block_cols(head * shape.head_dim, shape.head_dim);
   }
   MatrixView<const Scalar> value_head(Index head) const {
-    return values.block_cols(head * shape.value_dim, shape.value_dim);
+    return values.block_cols(head * (values_are_keys ? shape.head_dim : shape.value_dim),
+                             shape.value_dim);
   }
 
   /// The problem of one sequence of the batch.
@@ -84,10 +87,38 @@ struct Upstream {
   MatrixView<const Scalar> out;
   MatrixView<const accumulator_t<Scalar>> log_sum_exp;
   MatrixView<const Scalar> grad_out;
+  /// absent where the loss does not depend on it
+  std::optional<MatrixView<const accumulator_t<Scalar>>> grad_log_sum_exp = {};
+
+  /// ∂loss/∂L_i; a row that saw no key has none, whatever stands there.
+  accumulator_t<Scalar> grad_log_sum_exp_of(Index query, Index head) const {
+    using Accumulator = accumulator_t<Scalar>;
+    const bool counts = grad_log_sum_exp &&
+                        log_sum_exp(query, head) != -std::numeric_limits<Accumulator>::infinity();
+    return counts ? (*grad_log_sum_exp)(query, head) : Accumulator(0);
+  }
 
   Upstream of_sequence(const Shape& sequence) const {
-    return {query_rows(out, sequence), query_rows(log_sum_exp, sequence),
-            query_rows(grad_out, sequence)};
+    Upstream one{query_rows(out, sequence), query_rows(log_sum_exp, sequence),
+                 query_rows(grad_out, sequence)};
+    if (grad_log_sum_exp) one.grad_log_sum_exp = query_rows(*grad_log_sum_exp, sequence);
+    return one;
+  }
+};
+
+/// r_i = Σ_j dS_ij of the raw scores of one sequence. Where no term changes them it is ∂loss/∂L_i,
+/// for the gradient of a softmax alone sums to 0.
+template <class Scalar>
+struct RawRowSums {
+  using Accumulator = accumulator_t<Scalar>;
+
+  const Accumulator* sums = nullptr;  ///< at head·Tq + i, where terms change the scores
+  Upstream<Scalar> upstream = {};
+
+  bool are_zero() const { return !sums && !upstream.grad_log_sum_exp; }
+  Accumulator of(Index head, Index query) const {
+    return sums ? sums[head * upstream.out.rows + query]
+                : upstream.grad_log_sum_exp_of(query, head);
   }
 };
 

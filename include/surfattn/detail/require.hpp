@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <optional>
 #include <string>
@@ -50,6 +51,8 @@ struct Shape {
   Index first_key = 0;
   Index packed_queries = 0;  ///< rows of the whole batch
   Index packed_keys = 0;
+  Index longest_queries = 0;  ///< of all its sequences
+  Index longest_keys = 0;
 
   /// The part of the batch that is one sequence.
   Shape of_sequence(Index index) const {
@@ -118,7 +121,29 @@ class Require {
     shape.sequences = sequences;
     shape.packed_queries = shape.queries;
     shape.packed_keys = shape.keys;
+    for (Index s = 0; s < sequences.count(); ++s) {
+      const Shape one = shape.of_sequence(s);
+      shape.longest_queries = std::max(shape.longest_queries, one.queries);
+      shape.longest_keys = std::max(shape.longest_keys, one.keys);
+    }
     return shape;
+  }
+
+  /// The extent of values that are a matrix, or columns of the keys.
+  template <class Keys, class Values>
+  Extent values_extent(const Keys& keys, const Values& values, const Heads& heads) const {
+    if constexpr (is_left_columns_v<Values>) {
+      const Index count = heads.key_value.value_or(heads.query);
+      const bool fits = count < 1 || values.columns * count <= keys.cols();
+      if (values.columns < 0 || !fits) {
+        fail("LeftColumns must be between 0 and the width of a key, but it is " +
+             std::to_string(values.columns) + " and keys is " + words(extent(keys)) + " (" +
+             std::to_string(count) + " heads)");
+      }
+      return {keys.rows(), values.columns * count};
+    } else {
+      return extent(values);
+    }
   }
 
   void positive(const char* name, std::optional<double> value) const {
@@ -204,20 +229,21 @@ class Require {
 
   /// Offsets of n sequences are n + 1 numbers from 0 to the number of rows that never decrease.
   void check_offsets(const char* argument, Extent extent, const IntegerView& offsets) const {
-    const std::string name = std::string("sequences: the offsets of ") + argument;
+    const auto fail_offsets = [&](const std::string& sentence) {
+      fail(std::string("sequences: the offsets of ") + argument + " must " + sentence);
+    };
     const Index last = offsets.size() - 1;
-    if (last < 0) fail(name + " must be one more than the sequences, but there are none");
-    if (offsets[0] != 0)
-      fail(name + " must begin at 0, but begin at " + std::to_string(offsets[0]));
+    if (last < 0) fail_offsets("be one more than the sequences, but there are none");
+    if (offsets[0] != 0) fail_offsets("begin at 0, but begin at " + std::to_string(offsets[0]));
     for (Index s = 0; s < last; ++s) {
       if (offsets[s] <= offsets[s + 1]) continue;
-      fail(name + " must not decrease, but offset " + std::to_string(s) + " is " +
-           std::to_string(offsets[s]) + " and offset " + std::to_string(s + 1) + " is " +
-           std::to_string(offsets[s + 1]));
+      fail_offsets("not decrease, but offset " + std::to_string(s) + " is " +
+                   std::to_string(offsets[s]) + " and offset " + std::to_string(s + 1) + " is " +
+                   std::to_string(offsets[s + 1]));
     }
     if (offsets[last] == extent.rows) return;
-    fail(name + " must end at the number of rows, but end at " + std::to_string(offsets[last]) +
-         " and " + argument + " is " + words(extent));
+    fail_offsets("end at the number of rows, but end at " + std::to_string(offsets[last]) +
+                 " and " + argument + " is " + words(extent));
   }
 
   const char* function_;

@@ -73,10 +73,10 @@ SURFATTN_NEVER_INLINE accumulator_t<Scalar> query_offset(const Operands<Scalar>&
   return operands.query_norm_weight * norm;
 }
 
-/// Raw scores → the scores that the softmax takes: modifiers, then biases. Modifiers and sinks see
-/// the whole raw score, with the norm of the query that otherwise only goes into the log-sum-exp.
+/// Raw scores → modified ones. Modifiers and sinks see the whole raw score, with the norm of the query
+/// that otherwise only goes into the log-sum-exp.
 template <class Scalar, class Terms>
-void finish_scores(const Operands<Scalar>& operands, const Terms& terms, const Tile& tile,
+void modify_scores(const Operands<Scalar>& operands, const Terms& terms, const Tile& tile,
                    simd::Tile<accumulator_t<Scalar>> scores,
                    const TermRecords<accumulator_t<Scalar>, Terms::records>& records = {}) {
   using Accumulator = accumulator_t<Scalar>;
@@ -87,8 +87,16 @@ void finish_scores(const Operands<Scalar>& operands, const Terms& terms, const T
                        simd::padded<Accumulator>(tile.keys));
     }
   }
-  if constexpr (Terms::modifies_scores || Terms::has_biases)
-    terms.change_scores(tile, scores, records);
+  if constexpr (Terms::modifies_scores) terms.modify_scores(tile, scores, records);
+}
+
+/// Raw scores → the scores that the softmax takes: modifiers, then biases.
+template <class Scalar, class Terms>
+void finish_scores(const Operands<Scalar>& operands, const Terms& terms, const Tile& tile,
+                   simd::Tile<accumulator_t<Scalar>> scores,
+                   const TermRecords<accumulator_t<Scalar>, Terms::records>& records = {}) {
+  modify_scores(operands, terms, tile, scores, records);
+  if constexpr (Terms::has_biases) terms.add_biases(tile, scores);
 }
 
 /// query_norm_weight·‖q_i‖² where the scores of the softmax do not hold it.

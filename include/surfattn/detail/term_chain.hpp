@@ -4,86 +4,13 @@
 
 #include <algorithm>
 #include <array>
+#include <surfattn/detail/bound_masks.hpp>
 #include <surfattn/detail/simd/term_rows.hpp>
 #include <surfattn/terms/term.hpp>
 #include <tuple>
 #include <utility>
 
 namespace surfattn::detail {
-
-template <RangeMask Mask>
-bool allows(const Mask& mask, Index, Index query, Index key) {
-  const KeyRange range = mask.range(query);
-  return range.first <= key && key < range.last;
-}
-
-template <SharedPairMask Mask>
-bool allows(const Mask& mask, Index, Index query, Index key) {
-  return mask.allows(query, key);
-}
-
-template <HeadPairMask Mask>
-bool allows(const Mask& mask, Index head, Index query, Index key) {
-  return mask.allows(head, query, key);
-}
-
-template <RangeMask Mask>
-Coverage coverage(const Mask& mask, const Tile& tile) {
-  const Index end = tile.first_key + tile.keys;
-  bool any = false, all = true;
-  for (Index i = tile.first_query; i < tile.first_query + tile.queries; ++i) {
-    const KeyRange range = mask.range(i);
-    any |= std::max(range.first, tile.first_key) < std::min(range.last, end);
-    all &= range.first <= tile.first_key && end <= range.last;
-  }
-  return all ? Coverage::full : any ? Coverage::partial : Coverage::empty;
-}
-
-/// The keys of the tile outside which its queries see nothing.
-template <RangeMask Mask>
-KeyRange seen_keys(const Mask& mask, const Tile& tile) {
-  KeyRange seen{tile.first_key + tile.keys, tile.first_key};
-  for (Index i = tile.first_query; i < tile.first_query + tile.queries; ++i) {
-    const KeyRange range = mask.range(i);
-    if (range.first >= range.last) continue;
-    seen = {std::min(seen.first, range.first), std::max(seen.last, range.last)};
-  }
-  return seen;
-}
-
-template <PairMask Mask>
-KeyRange seen_keys(const Mask&, const Tile& tile) {
-  return {tile.first_key, tile.first_key + tile.keys};
-}
-
-template <PairMask Mask>
-Coverage coverage(const Mask& mask, const Tile& tile) {
-  return mask.coverage(tile);
-}
-
-/// Writes `value` over the entries of a row-major tile that the mask hides.
-template <RangeMask Mask, class Scalar>
-void hide(const Mask& mask, const Tile& tile, Scalar* data, Index row_stride, Scalar value) {
-  for (Index i = 0; i < tile.queries; ++i, data += row_stride) {
-    const KeyRange range = mask.range(tile.first_query + i);
-    const Index first = std::clamp<Index>(range.first - tile.first_key, 0, tile.keys);
-    const Index last = std::clamp<Index>(range.last - tile.first_key, first, tile.keys);
-    std::fill(data, data + first, value);
-    std::fill(data + last, data + tile.keys, value);
-  }
-}
-
-template <PairMask Mask, class Scalar>
-void hide(const Mask& mask, const Tile& tile, Scalar* data, Index row_stride, Scalar value) {
-  for (Index i = 0; i < tile.queries; ++i, data += row_stride) {
-    for (Index j = 0; j < tile.keys; ++j) {
-      if (!allows(mask, tile.head, tile.first_query + i, tile.first_key + j)) data[j] = value;
-    }
-  }
-}
-
-template <class T>
-concept Mask = RangeMask<T> || PairMask<T>;
 
 /// Tiles of memory for what a chain of terms records of one tile; no data in a forward pass.
 template <class Accumulator, std::size_t count>
@@ -127,20 +54,27 @@ class TermChain {
     return !possible ? Coverage::empty : full ? Coverage::full : Coverage::partial;
   }
 
-  /// The tile without the keys at its sides that none of its queries sees, as far as whole groups
-  /// of `step` keys can be left out.
-  Tile trim(const Tile& tile, Index step) const {
-    Index first = tile.first_key, last = tile.first_key + tile.keys;
-    every_mask([&](const auto& term) {
-      const KeyRange seen = detail::seen_keys(term, tile);
-      first = std::max(first, seen.first);
-      last = std::min(last, seen.last);
-      return true;
-    });
-    Tile trimmed = tile;
-    trimmed.first_key = first - (first - tile.first_key) % step;
-    trimmed.keys = std::max<Index>(0, last - trimmed.first_key);
-    return trimmed;
+  /// Calls use(part, coverage) for each part of the tile that is not empty, from left to right: the
+  /// runs of keys that some query may see. Parts begin at whole groups of `step` keys of the tile;
+  /// of the gaps between runs, whole groups are left out.
+  template <class Use>
+  void each_part(const Tile& tile, Index step, const Use& use) const {
+    const Index end = tile.first_key + tile.keys;
+    const auto group_start = [&](Index key) { return key - (key - tile.first_key) % step; };
+    const auto group_end = [&](Index key) { return std::min(end, group_start(key - 1) + step); };
+    for (KeyRange run = next_run(tile, tile.first_key); run.first < run.last;) {
+      KeyRange next = next_run(tile, run.last);
+      while (next.first < group_end(run.last)) {
+        run.last = next.last;
+        next = next_run(tile, run.last);
+      }
+      Tile part = tile;
+      part.first_key = group_start(run.first);
+      part.keys = run.last - part.first_key;
+      const Coverage covered = coverage(part);
+      if (covered != Coverage::empty) use(part, covered);
+      run = next;
+    }
   }
 
   template <class Scalar>
@@ -149,13 +83,17 @@ class TermChain {
         [&](const auto& term) { return detail::hide(term, tile, data, row_stride, value), true; });
   }
 
-  /// Modifiers, in the order in which they are listed, and then biases.
+  /// Modifiers, in the order in which they are listed.
   template <class Accumulator>
-  void change_scores(const Tile& tile, simd::Tile<Accumulator> scores,
+  void modify_scores(const Tile& tile, simd::Tile<Accumulator> scores,
                      const TermRecords<Accumulator, records>& kept) const {
     each([&]<std::size_t index>(const auto& term) {
       if constexpr (ScoreModifier<Term<index>>) term.modify(tile, scores, kept[modifier<index>()]);
     });
+  }
+
+  template <class Accumulator>
+  void add_biases(const Tile& tile, simd::Tile<Accumulator> scores) const {
     each([&]<std::size_t index>(const auto& term) {
       if constexpr (ScoreBias<Term<index>>) term.add_to(tile, scores);
     });
@@ -276,6 +214,14 @@ class TermChain {
                                 rows.data + i * rows.row_stride,
                                 simd::padded<Accumulator>(tile.keys));
     }
+  }
+
+  /// The first run of keys from `from` on that every term lets some query see; empty, and at the
+  /// tile's end, where there is none.
+  KeyRange next_run(Tile tile, Index from) const {
+    return common_run(tile, from, [&](const auto& use) {
+      every_mask([&](const auto& term) { return use(term), true; });
+    });
   }
 
   template <class Predicate>

@@ -195,7 +195,7 @@ class TermTask {
   Index item_;
 };
 
-/// d logit_h = −Σ_i exp(logit_h − L_i)·D_i, with D_i = dO_i·O_i: a sink is a key whose value is 0.
+/// d logit_h = −Σ_i exp(logit_h − L_i)·D_i, with D_i = dO_i·O_i − dL_i: a sink is a key whose value is 0.
 template <class Scalar, class Sink>
 void add_sink_gradient(const Operands<Scalar>& operands, const Upstream<Scalar>& upstream,
                        const Sink& sink) {
@@ -210,6 +210,7 @@ void add_sink_gradient(const Operands<Scalar>& operands, const Upstream<Scalar>&
       simd::row_products(upstream.grad_out.block_rows(i, 1).block_cols(first, shape.value_dim),
                          upstream.out.block_rows(i, 1).block_cols(first, shape.value_dim), &delta);
       const auto log_sum_exp = static_cast<Accumulator>(upstream.log_sum_exp(i, head));
+      delta -= upstream.grad_log_sum_exp_of(i, head);
       const bool counts = logit != simd::minus_infinity<Accumulator>;
       if (counts) total += std::exp(logit - log_sum_exp) * delta;
     }
@@ -219,8 +220,7 @@ void add_sink_gradient(const Operands<Scalar>& operands, const Upstream<Scalar>&
 
 /// dq_i += 2w·r_i·q_i, where raw scores hold w·‖q_i‖² and r_i = Σ_j dS_ij is not 0.
 template <class Scalar>
-void add_query_norm_gradient(const Operands<Scalar>& operands,
-                             const accumulator_t<Scalar>* raw_rows,
+void add_query_norm_gradient(const Operands<Scalar>& operands, const RawRowSums<Scalar>& raw_rows,
                              MatrixView<accumulator_t<Scalar>> grad_queries) {
   using Accumulator = accumulator_t<Scalar>;
   const Shape& shape = operands.shape;
@@ -228,7 +228,7 @@ void add_query_norm_gradient(const Operands<Scalar>& operands,
     const auto queries = operands.query_head(head);
     const auto gradients = grad_queries.block_cols(head * shape.head_dim, shape.head_dim);
     for (Index i = 0; i < shape.queries; ++i) {
-      const Accumulator sum = raw_rows[head * shape.queries + i];
+      const Accumulator sum = raw_rows.of(head, i);
       if (sum == Accumulator(0)) continue;
       const Accumulator factor = 2 * operands.query_norm_weight * sum;
       for (Index c = 0; c < shape.head_dim; ++c) {
@@ -254,11 +254,9 @@ void finish_term_gradients(const Operands<Scalar>& operands, const Terms& terms,
   terms.each_sink([&](const auto& sink) {
     if (sink.wants_gradient()) add_sink_gradient(operands, upstream, sink);
   });
-  if constexpr (Terms::needs_whole_scores) {
-    const bool has_norms = operands.query_norm_weight != accumulator_t<Scalar>(0);
-    if (totals.raw_rows && has_norms)
-      add_query_norm_gradient(operands, totals.raw_rows, grad_queries);
-  }
+  const RawRowSums<Scalar> raw_rows{totals.raw_rows, upstream};
+  if (operands.query_norm_weight != accumulator_t<Scalar>(0) && !raw_rows.are_zero())
+    add_query_norm_gradient(operands, raw_rows, grad_queries);
 }
 
 }  // namespace surfattn::detail

@@ -5,6 +5,7 @@
 #include <concepts>
 #include <surfattn/types.hpp>
 #include <type_traits>
+#include <utility>
 
 namespace surfattn::detail {
 
@@ -95,5 +96,53 @@ auto view(T&& matrix) {
                              row_major ? matrix.outerStride() : matrix.innerStride(),
                              row_major ? matrix.innerStride() : matrix.outerStride()};
 }
+
+template <class T>
+inline constexpr bool is_left_columns_v = std::is_same_v<plain_t<T>, LeftColumns>;
+
+/// The matrix that holds the values.
+template <class Keys, class Values>
+using value_matrix_t = std::conditional_t<is_left_columns_v<Values>, Keys, Values>;
+
+/// `stored`, but for what only says where in the keys the values are.
+template <class T>
+decltype(auto) stored_values(const T& values) {
+  if constexpr (is_left_columns_v<T>) {
+    return (values);
+  } else {
+    return stored(values);
+  }
+}
+
+/// The gradients of both results of a forward pass.
+template <class T>
+concept GradientPair = requires(const T& gradient) {
+  requires DenseMatrix<decltype(gradient.out)> && DenseMatrix<decltype(gradient.log_sum_exp)>;
+};
+
+/// ∂loss/∂out of what a backward pass is given: a matrix, or the gradients of both results.
+template <class T>
+const auto& grad_out_of(const T& gradient) {
+  if constexpr (GradientPair<T>) {
+    return gradient.out;
+  } else {
+    return gradient;
+  }
+}
+
+/// ∂loss/∂log_sum_exp, or a matrix of no size.
+template <class T>
+decltype(auto) grad_log_sum_exp_of(const T& gradient) {
+  if constexpr (GradientPair<T>) {
+    return (gradient.log_sum_exp);
+  } else {
+    return Matrix<accumulator_t<scalar_t<T>>>();
+  }
+}
+
+template <class T>
+using grad_out_t = plain_t<decltype(grad_out_of(std::declval<const T&>()))>;
+template <class T>
+using grad_log_sum_exp_t = plain_t<decltype(grad_log_sum_exp_of(std::declval<const T&>()))>;
 
 }  // namespace surfattn::detail

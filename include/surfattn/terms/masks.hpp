@@ -6,7 +6,9 @@
 #include <limits>
 #include <optional>
 #include <string>
+#include <surfattn/detail/bound_masks.hpp>
 #include <surfattn/detail/view.hpp>
+#include <surfattn/sequences.hpp>
 #include <surfattn/terms/term.hpp>
 #include <type_traits>
 
@@ -14,12 +16,14 @@ namespace surfattn {
 namespace detail {
 
 struct CausalRange {
+  static constexpr bool is_monotone = true;
   Index first_position;
   Index keys;
   KeyRange range(Index query) const { return {0, std::min(keys, first_position + query + 1)}; }
 };
 
 struct WindowRange {
+  static constexpr bool is_monotone = true;
   Index first_position;
   Index left;
   Index right;
@@ -31,8 +35,45 @@ struct WindowRange {
 };
 
 struct LengthRange {
+  static constexpr bool is_monotone = true;
   Index length;
   KeyRange range(Index) const { return {0, length}; }
+};
+
+struct QueryLengthRange {
+  Index length;
+  Index keys;
+  KeyRange range(Index query) const { return {0, query < length ? keys : 0}; }
+};
+
+/// One length for all sequences, or one for each. A view.
+class SequenceLengths {
+ public:
+  constexpr explicit SequenceLengths(Index length) : length_(length) {}
+  template <OffsetRange Range>
+  explicit SequenceLengths(const Range& lengths) : lengths_(lengths), is_shared_(false) {}
+
+  /// The length of one sequence, checked to be at most `most`.
+  Index of_sequence(const char* term, const Shape& shape, Extent most, const char* of_what,
+                    const Require& require) const {
+    if (!is_shared_ && lengths_.size() != shape.sequences.count()) {
+      require.fail(std::string(term) + " must have one length for each sequence, but it has " +
+                   std::to_string(lengths_.size()) + " and there are " +
+                   std::to_string(shape.sequences.count()) + " sequences");
+    }
+    const Index length = is_shared_ ? length_ : lengths_[shape.sequence];
+    if (length < 0 || length > most.rows) {
+      require.fail(std::string(term) + " must lie between 0 and the number of " + of_what +
+                   ", but it is " + std::to_string(length) + " and " + of_what + " is " +
+                   words(most));
+    }
+    return length;
+  }
+
+ private:
+  Index length_ = 0;
+  IntegerView lengths_;
+  bool is_shared_ = true;
 };
 
 }  // namespace detail
@@ -69,23 +110,61 @@ struct SlidingWindow {
   }
 };
 
-/// Only the first `length` keys are there; the rest is padding that nobody sees, whatever it holds.
-struct KeyLengths {
-  Index length;
+/// Of each sequence only the first keys are there; the rest is padding that nobody sees, whatever
+/// it holds. One length for all sequences, or a range (vector, array, span) of one for each, of
+/// signed 32- or 64-bit integers: a view, which must outlive the call.
+class KeyLengths {
+ public:
+  constexpr explicit KeyLengths(Index length) : lengths_(length) {}
+  template <detail::OffsetRange Range>
+  explicit KeyLengths(const Range& lengths) : lengths_(lengths) {}
 
-  constexpr explicit KeyLengths(Index keys) : length(keys) {}
+  /// Temporary lengths would be gone before they are used.
+  template <detail::TemporaryRange Range>
+  requires detail::OffsetRange<Range>
+  explicit KeyLengths(const Range&&) = delete;
 
   detail::LengthRange bind(const detail::Shape& shape, const detail::Require& require) const {
-    if (length < 0 || length > shape.keys) {
-      require.fail("KeyLengths must lie between 0 and the number of keys, but it is " +
-                   std::to_string(length) + " and keys is " + detail::words(shape.keys_extent()));
-    }
-    return {length};
+    return {lengths_.of_sequence("KeyLengths", shape, shape.keys_extent(), "keys", require)};
   }
+
+ private:
+  detail::SequenceLengths lengths_;
 };
 
-/// A dense mask, Tq × Tk, for all heads: true where the query sees the key. A view: the matrix must
-/// outlive the call. Any stored Eigen matrix of bool or of an integer type (0 is false).
+/// Of each sequence only the first queries are there; the rest is padding that sees nothing: its
+/// output is 0, and so are the gradients from and to it. Lengths as for KeyLengths.
+class QueryLengths {
+ public:
+  constexpr explicit QueryLengths(Index length) : lengths_(length) {}
+  template <detail::OffsetRange Range>
+  explicit QueryLengths(const Range& lengths) : lengths_(lengths) {}
+  template <detail::TemporaryRange Range>
+  requires detail::OffsetRange<Range>
+  explicit QueryLengths(const Range&&) = delete;
+
+  detail::QueryLengthRange bind(const detail::Shape& shape, const detail::Require& require) const {
+    return {lengths_.of_sequence("QueryLengths", shape, shape.queries_extent(), "queries", require),
+            shape.keys};
+  }
+
+ private:
+  detail::SequenceLengths lengths_;
+};
+
+/// A dense mask: true where the query sees the key. A view of any stored Eigen matrix of bool or of
+/// an integer type (0 is false) that outlives the call, of
+///
+///  * Tq × Tk, for all heads and sequences, or
+///  * Tq × (Hq·Tk), a block of columns for each query head, or
+///  * (Hq·Tq) × Tk, a block of rows for each query head, as in a tensor (heads, queries, keys),
+///
+/// where instead of Tq rows there may be 1, for all queries, or, in a batch, one for each query of
+/// all its sequences, which then differ in their masks: a tensor (batch, heads, queries, keys) is
+/// such a matrix of B·Hq·Tq rows. In a ragged batch Tq and Tk are those of its longest sequences,
+/// and what lies beyond a shorter one is not read. A number of rows that can be read in two ways is
+/// the same for all heads. Tiles are read before they are computed, and those that are empty are
+/// skipped. Time O(1) for each pair.
 template <class Element>
 class BoolMask {
  public:
@@ -97,33 +176,64 @@ class BoolMask {
   explicit BoolMask(const Derived&&) = delete;
 
   BoolMask bind(const detail::Shape& shape, const detail::Require& require) const {
-    require.shape("BoolMask", detail::extent(mask_), {shape.queries, shape.keys}, "queries × keys");
-    return *this;
+    check_shape(shape, require);
+    BoolMask bound = *this;
+    const Index heads = shape.query_heads;
+    const bool in_columns = mask_.cols == heads * shape.longest_keys && heads > 1;
+    const bool in_rows = !in_columns && !is_shared(shape);
+    const Index blocks = in_rows ? heads : 1;
+    const bool of_batch = mask_.rows == blocks * shape.packed_queries && mask_.rows > 1;
+    const Index rows = of_batch ? shape.queries : shape.longest_queries;  // of a block
+    bound.head_stride_ = in_columns ? shape.longest_keys * mask_.col_stride
+                         : in_rows  ? rows * mask_.row_stride
+                                    : 0;
+    if (mask_.rows == 1) bound.mask_.row_stride = 0;
+    if (of_batch)
+      bound.mask_ = bound.mask_.block_rows(blocks * shape.first_query, blocks * shape.queries);
+    return bound;
   }
 
-  bool allows(Index query, Index key) const { return static_cast<bool>(mask_(query, key)); }
+  bool allows(Index head, Index query, Index key) const {
+    return static_cast<bool>(
+        mask_.data[head * head_stride_ + query * mask_.row_stride + key * mask_.col_stride]);
+  }
 
-  /// Reads the tile's part of the mask until it has met both a pair that is seen and one that is
-  /// not.
-  Coverage coverage(const Tile& tile) const {
-    bool any = false, all = true;
-    for (Index i = tile.first_query; i < tile.first_query + tile.queries; ++i) {
-      for (Index j = tile.first_key; j < tile.first_key + tile.keys; ++j) {
-        if (allows(i, j)) {
-          any = true;
-        } else {
-          all = false;
-        }
-      }
-      if (any && !all) return Coverage::partial;
+  Coverage coverage(const Tile& tile) const { return detail::read_coverage(*this, tile); }
+
+  void see_row(const Tile& row, detail::SeenByte* seen) const {
+    const Element* from = mask_.data + row.head * head_stride_ +
+                          row.first_query * mask_.row_stride + row.first_key * mask_.col_stride;
+    if (mask_.col_stride == 1) {
+      for (Index j = 0; j < row.keys; ++j) seen[j] = from[j] != Element(0);
+    } else {
+      for (Index j = 0; j < row.keys; ++j) seen[j] = from[j * mask_.col_stride] != Element(0);
     }
-    return all ? Coverage::full : Coverage::empty;
   }
 
  private:
+  /// Whether the rows are those of `blocks` blocks of queries.
+  bool is_rows_of(const detail::Shape& shape, Index blocks) const {
+    return mask_.rows == blocks * shape.longest_queries ||
+           mask_.rows == blocks * shape.packed_queries;
+  }
+  /// Whether the rows are the same for all heads; where they can be read either way, they are.
+  bool is_shared(const detail::Shape& shape) const {
+    return mask_.rows == 1 || is_rows_of(shape, 1);
+  }
+
+  void check_shape(const detail::Shape& shape, const detail::Require& require) const {
+    const Index heads = shape.query_heads;
+    const Index keys = shape.longest_keys;
+    if (is_shared(shape) && (mask_.cols == keys || mask_.cols == heads * keys)) return;
+    if (is_rows_of(shape, heads) && mask_.cols == keys) return;
+    require.shape("BoolMask", detail::extent(mask_), {shape.longest_queries, keys},
+                  "queries × keys, or so for each query head, or 1 row for all queries");
+  }
+
   static_assert(std::is_integral_v<Element>,
                 "surfattn: a BoolMask must be a matrix of bool or of an integer type");
   detail::MatrixView<const Element> mask_;
+  Index head_stride_ = 0;
 };
 
 template <detail::StoredMatrix Derived>

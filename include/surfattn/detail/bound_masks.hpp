@@ -1,0 +1,214 @@
+// surfattn layer 3: what the engine asks a mask that is bound to a problem
+
+#pragma once
+
+#include <algorithm>
+#include <concepts>
+#include <cstdint>
+#include <surfattn/terms/term.hpp>
+
+/// A mask answers pair by pair (`range` or `allows`), and for whole tiles (`coverage`). It may
+/// answer two more questions, for which there are answers that always serve: `first_run` and
+/// `see_row`.
+namespace surfattn::detail {
+
+/// Bytes, 1 where a key is seen.
+using SeenByte = std::uint8_t;
+
+/// A mask of which no query sees a key before the first of an earlier query, nor stops seeing
+/// before it does: its first and last query speak for all between.
+template <class Mask>
+concept MonotoneMask = RangeMask<Mask> && requires {
+  requires Mask::is_monotone;
+};
+
+template <RangeMask Mask>
+bool allows(const Mask& mask, Index, Index query, Index key) {
+  const KeyRange range = mask.range(query);
+  return range.first <= key && key < range.last;
+}
+
+template <SharedPairMask Mask>
+bool allows(const Mask& mask, Index, Index query, Index key) {
+  return mask.allows(query, key);
+}
+
+template <HeadPairMask Mask>
+bool allows(const Mask& mask, Index head, Index query, Index key) {
+  return mask.allows(head, query, key);
+}
+
+/// The keys that some query of the tile sees, and those that every query sees.
+struct SeenKeys {
+  KeyRange by_some, by_all;
+};
+
+template <RangeMask Mask>
+SeenKeys seen_keys(const Mask& mask, const Tile& tile) {
+  const Index end = tile.first_key + tile.keys;
+  const auto range = [&](Index i) {
+    const KeyRange seen = mask.range(tile.first_query + i);
+    const Index first = std::clamp(seen.first, tile.first_key, end);
+    return KeyRange{first, std::clamp(seen.last, first, end)};
+  };
+  if constexpr (MonotoneMask<Mask>) {
+    const KeyRange top = range(0), bottom = range(tile.queries - 1);
+    return {{top.first, bottom.last}, {bottom.first, top.last}};
+  } else {
+    SeenKeys seen{{end, tile.first_key}, {tile.first_key, end}};
+    for (Index i = 0; i < tile.queries; ++i) {
+      const KeyRange one = range(i);
+      seen.by_all = {std::max(seen.by_all.first, one.first), std::min(seen.by_all.last, one.last)};
+      if (one.first < one.last) {
+        seen.by_some = {std::min(seen.by_some.first, one.first),
+                        std::max(seen.by_some.last, one.last)};
+      }
+    }
+    return seen;
+  }
+}
+
+/// `partial` is always a true answer; `empty` and `full` save work.
+template <RangeMask Mask>
+Coverage coverage(const Mask& mask, const Tile& tile) {
+  const SeenKeys seen = seen_keys(mask, tile);
+  if (seen.by_some.first >= seen.by_some.last) return Coverage::empty;
+  const bool all =
+      seen.by_all.first == tile.first_key && seen.by_all.last == tile.first_key + tile.keys;
+  return all ? Coverage::full : Coverage::partial;
+}
+
+template <PairMask Mask>
+Coverage coverage(const Mask& mask, const Tile& tile) {
+  return mask.coverage(tile);
+}
+
+/// The first run of keys of the tile that a query may see: no query sees a key before it. Empty,
+/// and at the tile's end, where there is none. What lies behind it is asked for with the rest of
+/// the tile.
+template <RangeMask Mask>
+KeyRange first_run(const Mask& mask, const Tile& tile) {
+  const Index end = tile.first_key + tile.keys;
+  const KeyRange seen = seen_keys(mask, tile).by_some;
+  return seen.first < seen.last ? seen : KeyRange{end, end};
+}
+
+template <PairMask Mask>
+KeyRange first_run(const Mask& mask, const Tile& tile) {
+  if constexpr (requires {
+                  { mask.first_run(tile) } -> std::same_as<KeyRange>;
+                }) {
+    return mask.first_run(tile);
+  } else {
+    return {tile.first_key, tile.first_key + tile.keys};
+  }
+}
+
+/// The first run of keys from `from` on that every mask lets some query see, likewise. each(use)
+/// calls `use` with each mask.
+template <class Each>
+KeyRange common_run(Tile tile, Index from, const Each& each) {
+  const Index end = tile.first_key + tile.keys;
+  for (KeyRange run{from, from}; run.first < end;) {
+    tile.first_key = run.first;
+    tile.keys = end - run.first;
+    run.last = end;
+    each([&](const auto& mask) {
+      const KeyRange of_mask = first_run(mask, tile);
+      run = {std::max(run.first, of_mask.first), std::min(run.last, of_mask.last)};
+    });
+    if (run.first < run.last) return run;
+  }
+  return {end, end};
+}
+
+/// The first row of a tile, byte by byte.
+template <RangeMask Mask>
+void see_row(const Mask& mask, const Tile& row, SeenByte* seen) {
+  const KeyRange range = mask.range(row.first_query);
+  const Index first = std::clamp<Index>(range.first - row.first_key, 0, row.keys);
+  const Index last = std::clamp<Index>(range.last - row.first_key, first, row.keys);
+  std::fill(seen, seen + first, SeenByte(0));
+  std::fill(seen + first, seen + last, SeenByte(1));
+  std::fill(seen + last, seen + row.keys, SeenByte(0));
+}
+
+template <PairMask Mask>
+void see_row(const Mask& mask, const Tile& row, SeenByte* seen) {
+  if constexpr (requires { mask.see_row(row, seen); }) {
+    mask.see_row(row, seen);
+  } else {
+    for (Index j = 0; j < row.keys; ++j)
+      seen[j] = allows(mask, row.head, row.first_query, row.first_key + j);
+  }
+}
+
+/// Calls use(row, offset) for each row of a tile, cut into parts of `most` keys; `offset` counts
+/// the keys of the tile before the part.
+template <class Use>
+void for_row_parts(const Tile& tile, Index most, const Use& use) {
+  for (Index i = 0; i < tile.queries; ++i) {
+    for (Index j = 0; j < tile.keys; j += most) {
+      use(Tile{tile.head, tile.first_query + i, 1, tile.first_key + j,
+               std::min(most, tile.keys - j)},
+          j);
+    }
+  }
+}
+
+/// Writes `value` over the entries of a row-major tile that the mask hides.
+template <RangeMask Mask, class Scalar>
+void hide(const Mask& mask, const Tile& tile, Scalar* data, Index row_stride, Scalar value) {
+  for (Index i = 0; i < tile.queries; ++i, data += row_stride) {
+    const KeyRange range = mask.range(tile.first_query + i);
+    const Index first = std::clamp<Index>(range.first - tile.first_key, 0, tile.keys);
+    const Index last = std::clamp<Index>(range.last - tile.first_key, first, tile.keys);
+    std::fill(data, data + first, value);
+    std::fill(data + last, data + tile.keys, value);
+  }
+}
+
+template <PairMask Mask, class Scalar>
+void hide(const Mask& mask, const Tile& tile, Scalar* data, Index row_stride, Scalar value) {
+  constexpr Index most = 512;
+  SeenByte seen[most];
+  for_row_parts(tile, most, [&](const Tile& part, Index offset) {
+    see_row(mask, part, seen);
+    Scalar* row = data + (part.first_query - tile.first_query) * row_stride + offset;
+    for (Index j = 0; j < part.keys; ++j) row[j] = seen[j] ? row[j] : value;
+  });
+}
+
+/// Coverage by reading the tile until it has met both a pair that is seen and one that is not.
+template <class Mask>
+Coverage read_coverage(const Mask& mask, const Tile& tile) {
+  constexpr Index most = 512;
+  SeenByte seen[most];
+  Index all = 0, any = 0;
+  for (Index i = 0; i < tile.queries; ++i) {
+    const Tile row{tile.head, tile.first_query + i, 1, tile.first_key, tile.keys};
+    for_row_parts(row, most, [&](const Tile& part, Index) {
+      see_row(mask, part, seen);
+      Index count = 0;
+      for (Index j = 0; j < part.keys; ++j) count += seen[j];
+      any += count;
+      all += part.keys;
+    });
+    if (any > 0 && any < all) return Coverage::partial;
+  }
+  return any == all ? Coverage::full : Coverage::empty;
+}
+
+/// A bound term that hides keys, whatever else it does.
+template <class T>
+concept Mask = RangeMask<T> || PairMask<T>;
+
+/// A term that acts as a mask and as nothing else.
+template <class T>
+concept MaskTerm = requires(const T& term, const Shape& shape, const Require& require) {
+  requires Mask<decltype(term.bind(shape, require))>;
+  requires !ScoreBias<decltype(term.bind(shape, require))>;
+  requires !ScoreModifier<decltype(term.bind(shape, require))>;
+};
+
+}  // namespace surfattn::detail

@@ -1,0 +1,163 @@
+// Memory of other shapes, through views alone: packed projections, heads before tokens, values
+// within keys, and a past that is not copied.
+#include <Eigen/Core>
+#include <random>
+#include <surfattn/surfattn.hpp>
+#include <vector>
+
+#include "support/catch.hpp"
+#include "support/problem.hpp"
+#include "support/random.hpp"
+#include "support/same_bits.hpp"
+
+namespace {
+
+using namespace surfattn;
+using surfattn::test::Problem;
+using surfattn::test::random_matrix;
+using surfattn::test::same_bits;
+using surfattn::test::seed;
+using surfattn::test::seeded_random;
+using surfattn::test::Sizes;
+
+TEST_CASE("queries, keys and values may be blocks of one matrix, and so their gradients",
+          "[layouts]") {
+  std::mt19937_64 random = seeded_random();
+  CAPTURE(seed());
+  const Problem<float> p(Sizes{70, 70, 5, 3, 4, 2}, random);
+  const Causal causal{Align::top_left};
+  const Options options{.heads = p.heads};
+  const auto expected = attention_forward(p.queries, p.keys, p.values, options, causal);
+  const auto gradients =
+      attention_backward(p.queries, p.keys, p.values, expected, p.grad_out, options, causal);
+  Matrix<float> packed(70, 20 + 10 + 6), grad_packed = Matrix<float>::Constant(70, 36, NAN);
+  packed << p.queries, p.keys, p.values;
+  const auto q = packed.leftCols(20), k = packed.middleCols(20, 10), v = packed.rightCols(6);
+  const auto f = attention_forward(q, k, v, options, causal);
+  CHECK(same_bits(f.out, expected.out));
+  attention_backward_into(q, k, v, f.out, f.log_sum_exp, p.grad_out, grad_packed.leftCols(20),
+                          grad_packed.middleCols(20, 10), grad_packed.rightCols(6),
+                          Workspace(workspace_size(Pass::backward, q, k, v, options, causal)),
+                          options, causal);
+  CHECK(same_bits(grad_packed.leftCols(20), gradients.queries));
+  CHECK(same_bits(grad_packed.middleCols(20, 10), gradients.keys));
+  CHECK(same_bits(grad_packed.rightCols(6), gradients.values));
+}
+
+/// (batch, length, heads·width) → (batch, heads, length, width).
+Matrix<float> heads_first(const Matrix<float>& tokens, Index batch, Index heads) {
+  const Index length = tokens.rows() / batch, width = tokens.cols() / heads;
+  Matrix<float> rows(batch * heads * length, width);
+  for (Index b = 0; b < batch; ++b) {
+    for (Index h = 0; h < heads; ++h) {
+      rows.middleRows((b * heads + h) * length, length) =
+          tokens.block(b * length, h * width, length, width);
+    }
+  }
+  return rows;
+}
+
+TEST_CASE("heads before tokens in memory are sequences of one head", "[layouts]") {
+  std::mt19937_64 random = seeded_random();
+  CAPTURE(seed());
+  const Index batch = 3, heads = 4;
+  const Problem<float> p(Sizes{batch * 40, batch * 90, 5, 3, heads, heads}, random);
+  const Causal causal{Align::bottom_right};
+  const Options tokens_first{.heads = {.query = heads}, .sequences = Sequences::equal(batch)};
+  const Options heads_as_sequences{.sequences = Sequences::equal(batch * heads)};
+  const auto expected = attention_forward(p.queries, p.keys, p.values, tokens_first, causal);
+  const auto gradients =
+      attention_backward(p.queries, p.keys, p.values, expected, p.grad_out, tokens_first, causal);
+  const auto q = heads_first(p.queries, batch, heads), k = heads_first(p.keys, batch, heads),
+             v = heads_first(p.values, batch, heads), g = heads_first(p.grad_out, batch, heads);
+  const auto f = attention_forward(q, k, v, heads_as_sequences, causal);
+  CHECK(same_bits(f.out, heads_first(expected.out, batch, heads)));
+  CHECK(same_bits(f.log_sum_exp, heads_first(expected.log_sum_exp, batch, heads)));
+  const auto h = attention_backward(q, k, v, f, g, heads_as_sequences, causal);
+  const auto agree = [](const Matrix<float>& a, const Matrix<float>& b) {
+    return (a - b).cwiseAbs().maxCoeff() <= 1e-5f * (1 + b.cwiseAbs().maxCoeff());
+  };
+  CHECK(agree(h.queries, heads_first(gradients.queries, batch, heads)));
+  CHECK(agree(h.keys, heads_first(gradients.keys, batch, heads)));
+  CHECK(agree(h.values, heads_first(gradients.values, batch, heads)));
+}
+
+TEST_CASE("values may be the left columns of the keys, with one gradient", "[layouts]") {
+  std::mt19937_64 random = seeded_random();
+  CAPTURE(seed());
+  // few queries and many; one key head and several; a width that fills whole packets and one that
+  // does not
+  for (const Index queries : {2, 150}) {
+    for (const Index key_heads : {1, 2}) {
+      for (const Index read_out : {0, 7, 12, 32, 40}) {
+        CAPTURE(queries, key_heads, read_out);
+        const Index width = 40, keys = 300;
+        const Problem<double> p(Sizes{queries, keys, width, read_out, 4, key_heads}, random);
+        const Options options{.heads = p.heads};
+        const Causal causal{Align::bottom_right};
+        Matrix<double> values(keys, key_heads * read_out);
+        for (Index h = 0; h < key_heads; ++h) {
+          values.middleCols(h * read_out, read_out) = p.keys.middleCols(h * width, read_out);
+        }
+        const LeftColumns columns{read_out};
+        const auto expected = attention_forward(p.queries, p.keys, values, options, causal);
+        const auto f = attention_forward(p.queries, p.keys, columns, options, causal);
+        const auto close = [](const Matrix<double>& a, const Matrix<double>& b) {
+          return a.rows() == b.rows() && a.cols() == b.cols() &&
+                 (a.size() == 0 || (a - b).cwiseAbs().maxCoeff() <= 1e-12);
+        };
+        CHECK(close(f.out, expected.out));
+        CHECK(same_bits(f.log_sum_exp, expected.log_sum_exp));
+        CHECK(same_bits(attention(p.queries, p.keys, columns, options, causal), f.out));
+        const auto two =
+            attention_backward(p.queries, p.keys, values, expected, p.grad_out, options, causal);
+        Matrix<double> grad_keys = two.keys;
+        for (Index h = 0; h < key_heads; ++h) {
+          grad_keys.middleCols(h * width, read_out) +=
+              two.values.middleCols(h * read_out, read_out);
+        }
+        const auto g =
+            attention_backward(p.queries, p.keys, columns, f, p.grad_out, options, causal);
+        CHECK(close(g.queries, two.queries));
+        CHECK(close(g.keys, grad_keys));
+        CHECK(g.values.size() == 0);
+        Matrix<double> grad_queries = p.queries, grad_into = p.keys;
+        attention_backward_into(
+            p.queries, p.keys, columns, f.out, f.log_sum_exp, p.grad_out, grad_queries, grad_into,
+            columns,
+            Workspace(workspace_size(Pass::backward, p.queries, p.keys, columns, options, causal)),
+            options, causal);
+        CHECK(same_bits(grad_into, g.keys));
+        CHECK(same_bits(grad_queries, g.queries));
+      }
+    }
+  }
+}
+
+TEST_CASE("more left columns than a key has are named", "[layouts][errors]") {
+  const Matrix<double> points = Matrix<double>::Zero(4, 6);
+  for (const Index columns : {4, -1}) {
+    CHECK_THROWS_WITH(attention(points, points, LeftColumns{columns}, {.heads = {.query = 2}}),
+                      surfattn::test::contains_text("surfattn::attention: LeftColumns must be "
+                                                    "between 0 and the width of a key") &&
+                          surfattn::test::contains_text("4×6 (2 heads)"));
+  }
+}
+
+TEST_CASE("a past and new tokens attend as one, and the past is not copied", "[layouts]") {
+  std::mt19937_64 random = seeded_random();
+  CAPTURE(seed());
+  const Problem<double> p(Sizes{6, 206, 5, 3, 4, 2}, random);
+  const Options options{.heads = p.heads};
+  const auto whole =
+      attention_forward(p.queries, p.keys, p.values, options, Causal{Align::bottom_right});
+  const auto past =
+      attention_forward(p.queries, p.keys.topRows(200), p.values.topRows(200), options);
+  const auto present = attention_forward(p.queries, p.keys.bottomRows(6), p.values.bottomRows(6),
+                                         options, Causal{Align::top_left});
+  const auto merged = merge_partials(past, present);
+  CHECK((merged.out - whole.out).cwiseAbs().maxCoeff() <= 1e-13);
+  CHECK((merged.log_sum_exp - whole.log_sum_exp).cwiseAbs().maxCoeff() <= 1e-13);
+}
+
+}  // namespace
