@@ -15,7 +15,8 @@ foreach(header IN LISTS headers)
 endforeach()
 
 add_library(surfattn_header_self_containment OBJECT ${sources})
-target_link_libraries(surfattn_header_self_containment PRIVATE surfattn_development surfattn_threads)
+target_link_libraries(surfattn_header_self_containment PRIVATE surfattn_development Threads::Threads
+  $<TARGET_NAME_IF_EXISTS:OpenMP::OpenMP_CXX>)
 target_compile_options(surfattn_header_self_containment PRIVATE -Werror -O0)
 
 add_test(NAME layers
