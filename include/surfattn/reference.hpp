@@ -577,4 +577,42 @@ Matrix<S> layer_forward(const Matrix<S>& x, const Matrix<S>& y, const LayerWeigh
   return detail::affine(attention.out, weights.output, weights.output_bias);
 }
 
+/// The norms of `norm` below. layer: Ba, Kiros and Hinton 2016; rms: Zhang and Sennrich 2019.
+enum class Norm { layer, rms, l2 };
+
+/// y = gain * (x - m) / sqrt(s + epsilon) + bias for each head's block of each row, where
+///   layer: m = mean x, s = mean (x - m)^2;   rms: m = 0, s = mean x^2;   l2: m = 0, s = sum x^2.
+///
+/// x: T x (H n); gain and bias: 1 x (H n), 1 x n (shared by all heads) or of size 0 for none.
+template <class S>
+Matrix<S> norm(Norm kind, const Matrix<S>& x, const RowVector<S>& gain, const RowVector<S>& bias,
+               std::type_identity_t<S> epsilon, Index heads = 1) {
+  using std::sqrt;
+  detail::require_columns("x", x, heads);
+  const Index n = x.cols() / heads;
+  Matrix<S> y = detail::zeros_like(x);
+  for (Index i = 0; i < x.rows(); ++i) {
+    for (Index h = 0; h < heads; ++h) {
+      S mean(0), squares(0);
+      for (Index c = 0; kind == Norm::layer && c < n; ++c) mean += x(i, h * n + c);
+      mean /= S(double(n));
+      for (Index c = 0; c < n; ++c) {
+        const S centred = x(i, h * n + c) - mean;
+        const S square = centred * centred;
+        squares += square;
+      }
+      if (kind != Norm::l2) squares /= S(double(n));
+      const S variance = squares + epsilon;
+      const S deviation = sqrt(variance);
+      for (Index c = h * n; c < (h + 1) * n; ++c) {
+        const S centred = x(i, c) - mean;
+        y(i, c) = centred / deviation;
+        if (gain.size() != 0) y(i, c) *= gain(gain.size() == x.cols() ? c : c - h * n);
+        if (bias.size() != 0) y(i, c) += bias(bias.size() == x.cols() ? c : c - h * n);
+      }
+    }
+  }
+  return y;
+}
+
 }  // namespace surfattn::reference

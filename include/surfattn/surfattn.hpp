@@ -6,6 +6,7 @@
 #include <surfattn/error.hpp>
 #include <surfattn/executor.hpp>
 #include <surfattn/layers.hpp>
+#include <surfattn/norms.hpp>
 #include <surfattn/options.hpp>
 #include <surfattn/sequences.hpp>
 #include <surfattn/surface.hpp>
