@@ -322,6 +322,40 @@ TEST_CASE(
   CHECK(grad_k == local_linear_backward(p.queries, p.keys, 0.2, of_keys, p.queries, serial).keys);
 }
 
+TEST_CASE("local_linear: a batch is its sequences") {
+  std::mt19937_64 random = seeded_random();
+  const Problem<double> p({90, 110, 4, 3, 2, 1}, random);
+  const std::vector<Index> of_queries{0, 70, 70, 90}, of_keys{0, 80, 100, 110};
+  SurfaceOptions one{.heads = p.heads, .bandwidth = 1.0}, batch = one;
+  batch.sequences = {of_queries, of_keys};
+  const Causal causal{Align::bottom_right};
+  const auto f = local_linear_forward(p.queries, p.keys, p.values, 0.2, batch, causal);
+  const auto g =
+      local_linear_backward(p.queries, p.keys, p.values, 0.2, f, p.grad_out, batch, causal);
+  double ridge = 0, bandwidth = 0;
+  for (std::size_t s = 0; s < 3; ++s) {
+    const auto queries = [&](const Matrix<double>& m) -> Matrix<double> {
+      return m.middleRows(of_queries[s], of_queries[s + 1] - of_queries[s]);
+    };
+    const auto keys = [&](const Matrix<double>& m) -> Matrix<double> {
+      return m.middleRows(of_keys[s], of_keys[s + 1] - of_keys[s]);
+    };
+    const auto fs =
+        local_linear_forward(queries(p.queries), keys(p.keys), keys(p.values), 0.2, one, causal);
+    const auto gs = local_linear_backward(queries(p.queries), keys(p.keys), keys(p.values), 0.2, fs,
+                                          queries(p.grad_out), one, causal);
+    CHECK(queries(f.out) == fs.out);
+    CHECK(queries(g.queries) == gs.queries);
+    CHECK(keys(g.keys) == gs.keys);
+    CHECK(keys(g.values) == gs.values);
+    CHECK(keys(g.log_prior) == gs.log_prior);
+    ridge += gs.ridge;
+    bandwidth += gs.bandwidth;
+  }
+  CHECK(g.ridge == Approx(ridge));
+  CHECK(g.bandwidth == Approx(bandwidth));
+}
+
 TEST_CASE("local_linear names what is wrong before it writes") {
   const Matrix<double> q = Matrix<double>::Ones(3, 4), k = Matrix<double>::Ones(5, 4),
                        v = Matrix<double>::Ones(6, 2);

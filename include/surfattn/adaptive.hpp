@@ -110,7 +110,8 @@ WidenedProblem<scalar_t<Queries>> widen(const Queries& queries, const Keys& keys
                                         const Require& require) {
   using Scalar = scalar_t<Queries>;
   WidenedProblem<Scalar> wide;
-  wide.shape = require.shapes(extent(queries), extent(keys), extent(keys), options.heads);
+  wide.shape =
+      require.shapes(extent(queries), extent(keys), extent(keys), options.heads, options.sequences);
   const Shape& shape = wide.shape;
   if (options.scale || options.bandwidth)
     require.fail("give bandwidths alone, without options.scale and options.bandwidth");
@@ -126,7 +127,10 @@ WidenedProblem<scalar_t<Queries>> widen(const Queries& queries, const Keys& keys
     for (Index h = 0; h < shape.query_heads; ++h)
       require.positive("bandwidths", double(bandwidths(i, h)));
   }
-  wide.options = {.scale = 1, .heads = options.heads, .executor = options.executor};
+  wide.options = {.scale = 1,
+                  .heads = options.heads,
+                  .executor = options.executor,
+                  .sequences = options.sequences};
   const Index d = shape.head_dim, width = wide.width();
   wide.precisions.resize(shape.queries, shape.query_heads);
   wide.queries.resize(shape.queries, shape.query_heads * width);
@@ -169,7 +173,7 @@ auto project_metric_forward(const Queries& queries, const Keys& keys,
   detail::check_inputs_at_compile_time<Queries, Keys>();
   constexpr detail::Require require("project_metric_forward");
   const auto shape = require.shapes(detail::extent(queries), detail::extent(keys),
-                                    detail::extent(keys), options.heads);
+                                    detail::extent(keys), options.heads, options.sequences);
   detail::check_metric(metric, shape, require);
   const RowVector<Scalar> of_queries = detail::metric_roots(metric, shape, shape.query_heads),
                           of_keys = detail::metric_roots(metric, shape, shape.key_value_heads);
@@ -201,7 +205,7 @@ auto project_metric_backward(const Queries& queries, const Keys& keys,
   detail::check_inputs_at_compile_time<Queries, Keys, Matrix<Scalar>, GradOut>();
   constexpr detail::Require require("project_metric_backward");
   const auto shape = require.shapes(detail::extent(queries), detail::extent(keys),
-                                    detail::extent(keys), options.heads);
+                                    detail::extent(keys), options.heads, options.sequences);
   detail::check_metric(metric, shape, require);
   require.shape("forward.out", detail::extent(forward.out), shape.out_extent(),
                 "the shape of queries");

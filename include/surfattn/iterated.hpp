@@ -126,7 +126,7 @@ std::size_t iterated_workspace_size(const Queries& queries, const Keys& keys,
   using Scalar = detail::scalar_t<Queries>;
   const auto shape = detail::Require("iterated_workspace_size")
                          .shapes(detail::extent(queries), detail::extent(keys),
-                                 detail::extent(keys), options.heads);
+                                 detail::extent(keys), options.heads, options.sequences);
   return detail::iterated_bytes<Scalar>(shape) +
          detail::workspace_size<Scalar>(Pass::forward, shape, true, options.executor);
 }
@@ -188,8 +188,8 @@ auto project_iterated_forward(const Queries& queries, const Keys& keys, const It
   detail::check_inputs_at_compile_time<Queries, Keys>();
   constexpr detail::Require require("project_iterated_forward");
   detail::check_iteration(iteration, require);
-  require.shapes(detail::extent(queries), detail::extent(keys), detail::extent(keys),
-                 options.heads);
+  require.shapes(detail::extent(queries), detail::extent(keys), detail::extent(keys), options.heads,
+                 options.sequences);
   IteratedForward<Scalar> forward;
   forward.out = queries;
   const auto& k = detail::stored(keys);
@@ -234,7 +234,7 @@ auto project_iterated_backward(const Queries& queries, const Keys& keys, const I
   constexpr detail::Require require("project_iterated_backward");
   detail::check_iteration(iteration, require);
   const auto shape = require.shapes(detail::extent(queries), detail::extent(keys),
-                                    detail::extent(keys), options.heads);
+                                    detail::extent(keys), options.heads, options.sequences);
   if (static_cast<Index>(forward.points.size()) != iteration.steps ||
       forward.projections.size() != forward.points.size()) {
     require.fail("forward has " + std::to_string(forward.points.size()) + " steps but must have " +

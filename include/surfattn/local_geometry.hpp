@@ -29,7 +29,7 @@ namespace detail {
 /// Everything about one query from the eigenvectors of M = Σ w δ·δᵀ: f = q − λ·Σ_n u_n (u_n·(q −
 /// μ))/(s_n + λ).
 template <class Scalar, class Accumulator, class Solver>
-void local_geometry_row(const LocalProblem<Scalar>& problem, Index head, Index query,
+void local_geometry_row(const LocalProblem<Scalar>& problem, Index head, Index query, Index row,
                         const Moments<Accumulator>& moments, Solver& solver,
                         LocalGeometry<Scalar>& geometry) {
   using Dense = Matrix<Accumulator>;
@@ -52,12 +52,12 @@ void local_geometry_row(const LocalProblem<Scalar>& problem, Index head, Index q
     if (direction[largest] < 0) direction = -direction;
     removed += problem.ridge / (variance + problem.ridge) * direction.dot(offset) * direction;
     dimension += variance / (variance + problem.ridge);
-    geometry.variances(query, head * d + n) = static_cast<Scalar>(variance);
-    geometry.basis.row(query).segment((head * d + n) * d, d) = direction.template cast<Scalar>();
+    geometry.variances(row, head * d + n) = static_cast<Scalar>(variance);
+    geometry.basis.row(row).segment((head * d + n) * d, d) = direction.template cast<Scalar>();
   }
-  geometry.out.row(query).segment(head * d, d) = (point - removed).template cast<Scalar>();
-  geometry.dimension(query, head) = static_cast<Scalar>(dimension);
-  geometry.distance(query, head) = static_cast<Scalar>(removed.norm());
+  geometry.out.row(row).segment(head * d, d) = (point - removed).template cast<Scalar>();
+  geometry.dimension(row, head) = static_cast<Scalar>(dimension);
+  geometry.distance(row, head) = static_cast<Scalar>(removed.norm());
 }
 
 }  // namespace detail
@@ -93,7 +93,7 @@ auto local_geometry(const Queries& queries, const Keys& keys, double ridge,
                                  zeros(width * shape.head_dim),
                                  zeros(shape.query_heads),
                                  zeros(shape.query_heads)};
-  const auto bound = detail::bind_terms(shape, require, terms...);
+  const auto bind = detail::term_binder(shape, require, terms...);
   const Workspace workspace(detail::local_linear_bytes(Pass::forward, operands, options.executor));
   detail::run_forward<Scalar>(
       operands,
@@ -103,11 +103,17 @@ auto local_geometry(const Queries& queries, const Keys& keys, double ridge,
                                              detail::view(geometry.projection.log_sum_exp),
                                              usable_ridge};
   Eigen::SelfAdjointEigenSolver<Matrix<Accumulator>> solver(shape.head_dim);
-  detail::for_each_moments(
-      problem, bound, detail::MomentPlan<Scalar>(shape, true, nullptr), workspace, nullptr,
-      [&](Index head, Index query, bool sees_a_key, const auto& moments) {
-        if (sees_a_key) detail::local_geometry_row(problem, head, query, moments, solver, geometry);
-      });
+  const detail::MomentPlan<Scalar> plan(shape, true, nullptr);
+  detail::for_each_sequence(problem, bind, [&](const auto& one, const auto& bound) {
+    detail::for_each_moments(one, bound, plan, workspace, nullptr,
+                             [&](Index head, Index query, bool sees_a_key, const auto& moments) {
+                               if (sees_a_key) {
+                                 detail::local_geometry_row(one, head, query,
+                                                            one.operands.shape.first_query + query,
+                                                            moments, solver, geometry);
+                               }
+                             });
+  });
   return geometry;
 }
 

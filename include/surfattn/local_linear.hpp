@@ -52,7 +52,8 @@ Operands<scalar_t<Queries>> local_operands(const Queries& queries, const Keys& k
                                            const Require& require) {
   auto operands = surface_operands(queries, keys, options, require);
   if (values) {
-    operands.shape = require.shapes(extent(queries), extent(keys), extent(*values), options.heads);
+    operands.shape = require.shapes(extent(queries), extent(keys), extent(*values), options.heads,
+                                    options.sequences);
     operands.values = view(*values);
     operands.values_are_keys = false;
   }
@@ -151,7 +152,7 @@ void run_local_linear(const Operands<Scalar>& operands, accumulator_t<Scalar> ri
                       MatrixView<Scalar> log_sum_exp, const Workspace& workspace,
                       Executor* executor, const Require& require, const Terms&... terms) {
   const Shape& shape = operands.shape;
-  const auto bound = bind_terms(shape, require, terms...);
+  const auto bind = term_binder(shape, require, terms...);
   require.shape("out", extent(out), shape.out_extent(), "queries × query heads · value width");
   require.shape("projection", extent(projection), projection_extent(operands),
                 "the shape of queries");
@@ -162,11 +163,15 @@ void run_local_linear(const Operands<Scalar>& operands, accumulator_t<Scalar> ri
   run_forward(projection_of(operands), {projection, log_sum_exp}, workspace, executor, require,
               terms...);
   const LocalProblem<Scalar> problem{operands, projection, log_sum_exp, ridge};
-  for_each_moments(problem, bound, plan, workspace, executor,
-                   [&](Index head, Index query, bool sees_a_key, const auto& moments) {
-                     if (sees_a_key) return local_linear_row(problem, head, query, moments, out);
-                     set_zero_row(out.block_cols(head * shape.value_dim, shape.value_dim), query);
-                   });
+  for_each_sequence(problem, bind, [&](const auto& one, const auto& bound) {
+    const auto rows = query_rows(out, one.operands.shape);
+    for_each_moments(one, bound, plan, workspace, executor,
+                     [&](Index head, Index query, bool sees_a_key, const auto& moments) {
+                       if (sees_a_key) return local_linear_row(one, head, query, moments, rows);
+                       set_zero_row(rows.block_cols(head * shape.value_dim, shape.value_dim),
+                                    query);
+                     });
+  });
 }
 
 /// Where the gradients go.
@@ -208,7 +213,7 @@ void run_local_linear_backward(const LocalProblem<Scalar>& problem,
                                const Workspace& workspace, Executor* executor,
                                const Require& require, const Terms&... terms) {
   const Shape& shape = problem.operands.shape;
-  const auto bound = bind_terms(shape, require, terms...);
+  const auto bind = term_binder(shape, require, terms...);
   const LocalGradientOutputs<Scalar>& to = gradients.of_inputs;
   require.shape("forward.projection.out", extent(problem.projection),
                 projection_extent(problem.operands), "the shape of queries");
@@ -225,9 +230,15 @@ void run_local_linear_backward(const LocalProblem<Scalar>& problem,
   check_workspace(require, workspace, plans.least_workspace_size());
   Arena shared(workspace);
   const LocalAdjoints<Scalar> adjoints(shared, shape);
-  for_each_moments(problem, bound, plans.moments, workspace, executor,
-                   AdjointSolver<Scalar>(problem, grad_out, adjoints));
-  local_gradients(problem, bound, plans.gradients, grad_out, adjoints, to, workspace, executor);
+  for_each_sequence(problem, bind, [&](const auto& one, const auto& bound) {
+    const Shape& sequence = one.operands.shape;
+    const auto upstream = query_rows(grad_out, sequence);
+    const auto of_queries = adjoints.of_sequence(sequence);
+    for_each_moments(one, bound, plans.moments, workspace, executor,
+                     AdjointSolver<Scalar>(one, upstream, of_queries));
+    local_gradients(one, bound, plans.gradients, upstream, of_queries, to.of_sequence(sequence),
+                    workspace, executor);
+  });
   finish_local_gradients(problem, grad_out, adjoints, gradients);
 }
 

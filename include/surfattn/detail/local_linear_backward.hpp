@@ -44,6 +44,15 @@ struct LocalAdjoints {
     pull_offsets = take(shape.query_heads);
     means = take(shape.query_heads);
   }
+
+  LocalAdjoints of_sequence(const Shape& sequence) const {
+    LocalAdjoints one = *this;
+    for (auto* view :
+         {&one.directions, &one.pulls, &one.direction_offsets, &one.pull_offsets, &one.means}) {
+      *view = query_rows(*view, sequence);
+    }
+    return one;
+  }
 };
 
 /// z, a and the numbers that follow from them, from the moments of one query. A query that saw no
@@ -136,6 +145,13 @@ struct LocalGradientOutputs {
   MatrixView<Scalar> keys;
   std::optional<MatrixView<Scalar>> values;  ///< absent where the values are the keys
   MatrixView<Scalar> key_bias;               ///< c_j, Tk × Hkv
+
+  LocalGradientOutputs of_sequence(const Shape& sequence) const {
+    LocalGradientOutputs one{
+        query_rows(queries, sequence), key_rows(keys, sequence), {}, key_rows(key_bias, sequence)};
+    if (values) one.values = key_rows(*values, sequence);
+    return one;
+  }
 };
 
 /// Buffers of one task; over an empty arena, their size.
@@ -145,13 +161,13 @@ struct LocalGradientBuffers {
 
   /// Rows of an operand as a left and as a right one.
   struct Rows {
-    Accumulator* rows;
+    Accumulator* columns;
     Accumulator* panels;
     Index* non_finite;
 
-    Rows(Arena& arena, Index count, Index stride)
-        : rows(arena.take<Accumulator>(count * stride)),
-          panels(arena.take<Accumulator>(count * stride)),
+    Rows(Arena& arena, Index count, Index width)
+        : columns(arena.take<Accumulator>(simd::packed_left_size<Accumulator>(count, width))),
+          panels(arena.take<Accumulator>(count * simd::padded<Accumulator>(width))),
           non_finite(arena.take<Index>(count)) {}
   };
 
@@ -174,10 +190,10 @@ struct LocalGradientBuffers {
         stride(simd::padded<Accumulator>(shape.head_dim)),
         value_stride(simd::padded<Accumulator>(shape.value_dim)),
         weights(arena, shape, query_tile, key_tile),
-        queries(arena, query_tile, stride),
-        directions(arena, query_tile, stride),
-        pulls(arena, query_tile, stride),
-        grad_out(arena, query_tile, value_stride) {
+        queries(arena, query_tile, shape.head_dim),
+        directions(arena, query_tile, shape.head_dim),
+        pulls(arena, query_tile, shape.head_dim),
+        grad_out(arena, query_tile, shape.value_dim) {
     const Index padded_keys = simd::padded<Accumulator>(key_tile);
     bent_weights = arena.take<Accumulator>(query_tile * weights.score_stride);
     pulled = arena.take<Accumulator>(query_tile * weights.score_stride);
@@ -257,10 +273,11 @@ class LocalGradientTask {
   void load_queries(Index head, Index first_query, Index queries) {
     tiles_.load_queries(head, first_query, queries);
     const Index d = shape_.head_dim;
-    simd::pack_rows(rows_of(adjoints_.directions, d), Accumulator(1), buffers_.directions.rows);
-    simd::pack_rows(rows_of(adjoints_.pulls, d), Accumulator(-1), buffers_.pulls.rows);
+    simd::pack_left(rows_of(adjoints_.directions, d), Accumulator(1), buffers_.directions.columns);
+    simd::pack_left(rows_of(adjoints_.pulls, d), Accumulator(-1), buffers_.pulls.columns);
     if (!operands_.values_are_keys) {
-      simd::pack_rows(rows_of(grad_out_, shape_.value_dim), Accumulator(1), buffers_.grad_out.rows);
+      simd::pack_left(rows_of(grad_out_, shape_.value_dim), Accumulator(1),
+                      buffers_.grad_out.columns);
     }
   }
 
@@ -274,20 +291,25 @@ class LocalGradientTask {
   ScoreTile bent_weights() const { return {buffers_.bent_weights, buffers_.weights.score_stride}; }
   ScoreTile pulled() const { return {buffers_.pulled, buffers_.weights.score_stride}; }
 
+  using Rows = typename LocalGradientBuffers<Accumulator>::Rows;
+
+  simd::ColumnsOperand<Accumulator> left(const Rows& rows, Index width) const {
+    return simd::packed_left(rows.columns, width, 0, tiles_.tile().queries);
+  }
+
   /// Fills w∘e and w∘h and returns dS, in the place of w.
   ScoreTile differentiate() {
     const Tile& tile = tiles_.tile();
     const ScoreTile weights = tiles_.weights(), e = bent_weights(), h = pulled();
     simd::set_product<Accumulator>(tile.queries, tile.keys, shape_.head_dim,
-                                   {buffers_.directions.rows, buffers_.stride, 1},
+                                   left(buffers_.directions, shape_.head_dim),
                                    tiles_.transposed_keys(), e);
     simd::set_product<Accumulator>(tile.queries, tile.keys, shape_.head_dim,
-                                   {buffers_.pulls.rows, buffers_.stride, 1},
-                                   tiles_.transposed_keys(), h);
+                                   left(buffers_.pulls, shape_.head_dim), tiles_.transposed_keys(),
+                                   h);
     if (!operands_.values_are_keys) {
       simd::add_product<Accumulator>(
-          tile.queries, tile.keys, shape_.value_dim,
-          {buffers_.grad_out.rows, buffers_.value_stride, 1},
+          tile.queries, tile.keys, shape_.value_dim, left(buffers_.grad_out, shape_.value_dim),
           {buffers_.transposed_values, shape_.value_dim * simd::panel_width<Accumulator>}, h);
     }
     for (Index i = 0; i < tile.queries; ++i) differentiate_row(i, weights, e, h);
@@ -330,8 +352,7 @@ class LocalGradientTask {
     const Tile& tile = tiles_.tile();
     const ScoreTile grad_scores = differentiate();
     const auto add = [&](ScoreTile coefficients, MatrixView<const Scalar> rows, Accumulator factor,
-                         typename LocalGradientBuffers<Accumulator>::Rows& packed, Accumulator* to,
-                         Index stride) {
+                         Rows& packed, Accumulator* to, Index stride) {
       add_weighted_rows<true>(terms_, tile, coefficients,
                               pack_row_operand(rows, factor, packed.panels, packed.non_finite), 0,
                               {to, stride});
@@ -382,20 +403,28 @@ class LocalGradientTask {
   WeightTiles<Scalar, Terms> tiles_;
 };
 
-/// How the walks are shared out: one item for each run of queries of each query head, then one for
-/// each run of keys of each key/value head. Each writes its own rows and no other's.
+/// How the walks over the longest sequence are shared out: one item for each run of queries of each
+/// query head, then one for each run of keys of each key/value head. Each writes its own rows and no
+/// other's.
 template <class Scalar>
 struct LocalGradientPlan : WorkPlan {
+  using Buffers = LocalGradientBuffers<accumulator_t<Scalar>>;
+
   Shape shape;
   Index key_tile;
-  Index query_items;
+
+  Index query_items(const Shape& sequence) const {
+    return sequence.query_heads * blocks(sequence.queries, Buffers::query_tile);
+  }
+  Index items_of(const Shape& sequence) const {
+    return query_items(sequence) + sequence.key_value_heads * blocks(sequence.keys, key_tile);
+  }
 
   LocalGradientPlan(const Shape& problem, const Executor* executor) : shape(problem) {
-    using Buffers = LocalGradientBuffers<accumulator_t<Scalar>>;
     Arena counter;
     key_tile = Buffers(counter, shape).key_tile;
-    query_items = shape.query_heads * blocks(shape.queries, Buffers::query_tile);
-    items = query_items + shape.key_value_heads * blocks(shape.keys, key_tile);
+    for (Index s = 0; s < shape.sequences.count(); ++s)
+      items = std::max(items, items_of(shape.of_sequence(s)));
     workers = detail::workers(executor, items);
     bytes_per_worker = counter.used();
   }
@@ -408,20 +437,22 @@ void local_gradients(const LocalProblem<Scalar>& problem, const Terms& terms,
                      const LocalGradientOutputs<Scalar>& gradients, const Workspace& workspace,
                      Executor* executor) {
   using Buffers = LocalGradientBuffers<accumulator_t<Scalar>>;
-  const Shape& shape = plan.shape;
+  const Shape& shape = problem.operands.shape;
+  const Index items = plan.items_of(shape), query_items = plan.query_items(shape);
   const Index query_blocks = blocks(shape.queries, Buffers::query_tile),
               key_blocks = blocks(shape.keys, plan.key_tile);
-  share_items(executor, plan.workers_within(workspace), [&](Index worker, const auto& take) {
+  const Index workers = std::min(plan.workers_within(workspace), detail::workers(executor, items));
+  share_items(executor, workers, [&](Index worker, const auto& take) {
     Arena arena = plan.arena_of(workspace, worker);
     Buffers buffers(arena, shape);
     LocalGradientTask<Scalar, Terms> task(problem, terms, grad_out, adjoints, buffers);
-    for (Index item = take(); item < plan.items; item = take()) {
-      if (item < plan.query_items) {
+    for (Index item = take(); item < items; item = take()) {
+      if (item < query_items) {
         const Index first = item % query_blocks * Buffers::query_tile;
         task.run_queries(item / query_blocks, first,
                          std::min(Buffers::query_tile, shape.queries - first), gradients.queries);
       } else {
-        const Index block = item - plan.query_items;
+        const Index block = item - query_items;
         task.run_keys(block / key_blocks, block % key_blocks * plan.key_tile, gradients);
       }
     }

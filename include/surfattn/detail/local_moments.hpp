@@ -17,7 +17,22 @@ struct LocalProblem {
   MatrixView<const Scalar> projection;   ///< μ, Tq × (Hq·d)
   MatrixView<const Scalar> log_sum_exp;  ///< Tq × Hq
   accumulator_t<Scalar> ridge{};         ///< λ
+
+  /// The problem of one sequence of the batch.
+  LocalProblem of_sequence(Index index) const {
+    const auto one = operands.of_sequence(index);
+    return {one, query_rows(projection, one.shape), query_rows(log_sum_exp, one.shape), ridge};
+  }
 };
+
+/// Calls use(problem, terms) for each sequence of a batch, one after the other.
+template <class Scalar, class Bind, class Use>
+void for_each_sequence(const LocalProblem<Scalar>& batch, const Bind& bind, const Use& use) {
+  for (Index s = 0; s < batch.operands.shape.sequences.count(); ++s) {
+    const auto one = batch.of_sequence(s);
+    use(one, bind(one.operands.shape));
+  }
+}
 
 /// The moments of one query: with w_j its weights, μ its projection and δ_j = k_j − μ,
 ///
@@ -193,19 +208,24 @@ class MomentTask {
     simd::add_scaled_row(difference, weight, moments.value_sum, moments.value_stride);
   }
 
+  /// Δᵀ·w as a left operand, from the rows of w·Δ.
+  static simd::ColumnsOperand<Accumulator> transposed(const Accumulator* rows, Index stride) {
+    return {rows, stride, simd::left_width<Accumulator>};
+  }
+
   /// M += Δᵀ·w·Δ, panel by panel and from the diagonal down, and S += Δᵀ·w·(V − t).
   void add_products(Index count, const Moments<Accumulator>& moments) {
     constexpr Index width = simd::panel_width<Accumulator>;
     const Index stride = moments.stride;
     for (Index first = 0; first < moments.dim; first += width) {
       simd::add_product<Accumulator>(moments.dim - first, std::min(width, moments.dim - first),
-                                     count, {buffers_.weighted + first, 1, stride},
+                                     count, transposed(buffers_.weighted + first, stride),
                                      {buffers_.differences + first, width, stride},
                                      {moments.second + first * stride + first, stride});
     }
     if (!buffers_.has_values) return;
     simd::add_product<Accumulator>(moments.dim, moments.value_dim, count,
-                                   {buffers_.weighted, 1, stride},
+                                   transposed(buffers_.weighted, stride),
                                    {buffers_.value_differences, width, moments.value_stride},
                                    {moments.cross, moments.value_stride});
   }
@@ -216,18 +236,24 @@ class MomentTask {
   WeightTiles<Scalar, Terms> tiles_;
 };
 
-/// How the moments are shared out: one item for each block of queries of each query head.
+/// How the moments of the longest sequence are shared out: one item for each block of queries of each
+/// query head. Of other sequences there are fewer items, in the same memory.
 template <class Scalar>
 struct MomentPlan : WorkPlan {
   Shape shape;
   bool values_are_keys;
   Index block;
 
+  Index items_of(const Shape& sequence) const {
+    return sequence.query_heads * blocks(sequence.queries, block);
+  }
+
   MomentPlan(const Shape& problem, bool shared, const Executor* executor)
       : shape(problem),
         values_are_keys(shared),
         block(MomentBuffers<accumulator_t<Scalar>>::block_rows(problem)) {
-    items = shape.query_heads * blocks(shape.queries, block);
+    for (Index s = 0; s < shape.sequences.count(); ++s)
+      items = std::max(items, items_of(shape.of_sequence(s)));
     workers = detail::workers(executor, items);
     Arena counter;
     MomentBuffers<accumulator_t<Scalar>>(counter, shape, values_are_keys);
@@ -240,14 +266,16 @@ template <class Scalar, class Terms, class Finish>
 void for_each_moments(const LocalProblem<Scalar>& problem, const Terms& terms,
                       const MomentPlan<Scalar>& plan, const Workspace& workspace,
                       Executor* executor, const Finish& finish) {
-  const Index blocks_per_head = blocks(plan.shape.queries, plan.block);
-  share_items(executor, plan.workers_within(workspace), [&](Index worker, const auto& take) {
+  const Shape& shape = problem.operands.shape;
+  const Index items = plan.items_of(shape), blocks_per_head = blocks(shape.queries, plan.block);
+  const Index workers = std::min(plan.workers_within(workspace), detail::workers(executor, items));
+  share_items(executor, workers, [&](Index worker, const auto& take) {
     Arena arena = plan.arena_of(workspace, worker);
-    MomentBuffers<accumulator_t<Scalar>> buffers(arena, plan.shape, plan.values_are_keys);
+    MomentBuffers<accumulator_t<Scalar>> buffers(arena, shape, plan.values_are_keys);
     MomentTask<Scalar, Terms> task(problem, terms, buffers);
-    for (Index item = take(); item < plan.items; item = take()) {
+    for (Index item = take(); item < items; item = take()) {
       const Index head = item / blocks_per_head, first = item % blocks_per_head * plan.block;
-      task.run(head, first, std::min(plan.block, plan.shape.queries - first),
+      task.run(head, first, std::min(plan.block, shape.queries - first),
                [&](Index query, bool sees_a_key, const auto& moments) {
                  finish(head, query, sees_a_key, moments);
                });

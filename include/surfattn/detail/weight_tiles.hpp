@@ -12,7 +12,6 @@ namespace surfattn::detail {
 /// Buffers of `WeightTiles`; over an empty arena, their size.
 template <class Accumulator>
 struct WeightBuffers {
-  Index query_stride = 0;
   Index score_stride = 0;
   Accumulator* queries = nullptr;
   Accumulator* log_sum_exp = nullptr;
@@ -21,9 +20,9 @@ struct WeightBuffers {
   Accumulator* weights = nullptr;
 
   WeightBuffers(Arena& arena, const Shape& shape, Index query_tile, Index key_tile)
-      : query_stride(simd::padded<Accumulator>(shape.head_dim)),
-        score_stride(detail::score_stride<Accumulator>(key_tile)) {
-    queries = arena.take<Accumulator>(query_tile * query_stride);
+      : score_stride(detail::score_stride<Accumulator>(key_tile)) {
+    queries =
+        arena.take<Accumulator>(simd::packed_left_size<Accumulator>(query_tile, shape.head_dim));
     log_sum_exp = arena.take<Accumulator>(query_tile);
     transposed_keys = arena.take<Accumulator>(simd::padded<Accumulator>(key_tile) * shape.head_dim);
     key_bias = arena.take<Accumulator>(simd::padded<Accumulator>(key_tile));
@@ -48,7 +47,7 @@ class WeightTiles {
     tile_.head = head;
     tile_.first_query = first;
     tile_.queries = count;
-    pack_query_tile(operands_, query_rows(), buffers_.queries);
+    simd::pack_left(query_rows(), log2_scale(operands_), buffers_.queries);
     for (Index i = 0; i < count; ++i) {
       buffers_.log_sum_exp[i] = sees_a_key(i)
                                     ? (static_cast<Accumulator>(log_sum_exp_(first + i, head)) -
@@ -92,12 +91,15 @@ class WeightTiles {
   /// W of the tile, still without the masks.
   simd::Tile<Accumulator> weights() const {
     const simd::Tile<Accumulator> weights{buffers_.weights, buffers_.score_stride};
-    score_tile<Accumulator>(tile_, operands_.shape.head_dim,
-                            {buffers_.queries, buffers_.query_stride, 1}, buffers_.transposed_keys,
-                            buffers_.key_bias, weights);
+    score_tile<Accumulator>(
+        tile_, operands_.shape.head_dim,
+        simd::packed_left(buffers_.queries, operands_.shape.head_dim, 0, tile_.queries),
+        buffers_.transposed_keys, buffers_.key_bias, weights);
+    const Index padded_keys = simd::padded<Accumulator>(tile_.keys);
     for (Index i = 0; i < tile_.queries; ++i) {
-      simd::exp2_row(weights.data + i * weights.row_stride, simd::padded<Accumulator>(tile_.keys),
-                     buffers_.log_sum_exp[i]);
+      Accumulator* row = weights.data + i * weights.row_stride;
+      for (Index j = 0; j < padded_keys; ++j) row[j] -= buffers_.log_sum_exp[i];
+      simd::exp2_row(row, padded_keys, Accumulator(0));
     }
     return weights;
   }
