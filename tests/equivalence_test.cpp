@@ -217,15 +217,15 @@ void check_layer(const Sizes& s, bool biases, MaskKind mask, std::mt19937_64& ra
   const auto y = random_matrix<Scalar>(s.keys, y_width, random);
   const auto grad_out = random_matrix<Scalar>(s.queries, out_width, random);
   with_terms(mask, s.queries, s.keys, [&](const auto&... terms) {
-    const auto standard = layer_forward(x, y, w, terms...);
-    const auto surface = layer_forward(x, y, merged, terms...);
+    const auto standard = layer_forward(x, y, w, {}, terms...);
+    const auto surface = layer_forward(x, y, merged, {}, terms...);
     // sums at most (widths · heads + keys) long, of products of numbers of order 1, through scores of order 10
     const double depth = double(x_width + y_width + s.head_dim * s.query_heads + s.keys);
     const double tolerance = rounding<Scalar>(depth, 50 * largest(y));
     check_close("layer", standard.out, surface.out, tolerance);
 
-    const auto a = layer_backward(x, y, w, standard, grad_out, terms...);
-    const auto b = layer_backward(x, y, merged, surface, grad_out, terms...);
+    const auto a = layer_backward(x, y, w, standard, grad_out, {}, terms...);
+    const auto b = layer_backward(x, y, merged, surface, grad_out, {}, terms...);
     const auto pulled = pull_back(w, b.weights, s);
     const double size = tolerance * double(s.queries + s.keys);
     check_close("x", a.x, b.x, size);

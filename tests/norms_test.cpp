@@ -14,7 +14,11 @@ using namespace surfattn::test;
 
 namespace {
 
-using reference::Norm;
+reference::Norm of_reference(Norm norm) {
+  if (norm == Norm::layer) return reference::Norm::layer;
+  return norm == Norm::rms ? reference::Norm::rms : reference::Norm::l2;
+}
+
 constexpr Norm all_norms[] = {Norm::layer, Norm::rms, Norm::l2};
 
 template <class X, class... Arguments>
@@ -82,11 +86,12 @@ void check_norm(Norm kind, const NormCase& c, std::mt19937_64& random) {
   const RowVector<High> gain = weights.gain.template cast<High>(),
                         bias = weights.bias.template cast<High>();
   const auto high = Matrix<High>(x.template cast<High>());
-  const auto exact = reference::norm<High>(kind, high, gain, bias, High(Scalar(epsilon)), c.heads);
-  const auto unit = reference::norm<High>(kind, high, RowVector<High>(), RowVector<High>(),
-                                          High(Scalar(epsilon)), c.heads);
-  const auto plain =
-      reference::norm<Scalar>(kind, x, weights.gain, weights.bias, Scalar(epsilon), c.heads);
+  const auto exact =
+      reference::norm<High>(of_reference(kind), high, gain, bias, High(Scalar(epsilon)), c.heads);
+  const auto unit = reference::norm<High>(of_reference(kind), high, RowVector<High>(),
+                                          RowVector<High>(), High(Scalar(epsilon)), c.heads);
+  const auto plain = reference::norm<Scalar>(of_reference(kind), x, weights.gain, weights.bias,
+                                             Scalar(epsilon), c.heads);
   const double largest_gain = gain.size() ? double(gain.cwiseAbs().maxCoeff()) : 1.0;
   const double largest_bias = bias.size() ? double(bias.cwiseAbs().maxCoeff()) : 0.0;
   check_error(
@@ -251,6 +256,24 @@ TEST_CASE("norms: every storage and in place, without allocating") {
     CHECK(in_place == expected);
     CHECK(grad_x == gradients.x);
   }
+}
+
+TEST_CASE("normalize is the norm of its name, or nothing") {
+  std::mt19937_64 random = seeded_random();
+  const auto x = random_matrix<double>(3, 8, random), g = random_matrix<double>(3, 8, random);
+  const NormWeights<double> weights{RowVector<double>::Constant(4, 2.0),
+                                    RowVector<double>::Constant(8, 0.5)};
+  const NormOptions options{.epsilon = 0.1, .heads = 2};
+  for (const Norm kind : all_norms) {
+    CHECK(normalize(kind, x, weights, options) == norm_of(kind, x, weights, options));
+    const auto a = normalize_backward(kind, x, g, weights, options);
+    const auto b = norm_backward_of(kind, x, g, weights, options);
+    CHECK(a.x == b.x);
+    CHECK(a.weights.gain == b.weights.gain);
+    CHECK(a.weights.bias == b.weights.bias);
+  }
+  CHECK(normalize(Norm::none, x) == x);
+  CHECK(normalize_backward(Norm::none, x, g).x == g);
 }
 
 TEST_CASE("norms name what is wrong before they write") {

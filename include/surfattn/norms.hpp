@@ -23,6 +23,9 @@
 /// Where ε = 0 and the block has no extent, r is 0: it gives its bias and has gradient 0.
 namespace surfattn {
 
+/// Which norm: none leaves its input as it is.
+enum class Norm { none, layer, rms, l2 };
+
 /// Options of the norms.
 struct NormOptions {
   /// ε, added to the mean (layer, rms) or the sum (l2) of squares; 1e-5 for layer_norm and
@@ -47,8 +50,6 @@ struct NormGradients {
 };
 
 namespace detail {
-
-enum class NormKind { layer, rms, l2 };
 
 /// A block of one row, its numbers `Stride` apart; with Stride 1 Eigen vectorises what is done to
 /// it.
@@ -105,14 +106,14 @@ inline void require_norm_weight(const Require& require, const char* name, Index 
                ", or empty for none, because x is " + words(x));
 }
 
-template <NormKind kind, class Scalar>
+template <Norm kind, class Scalar>
 NormProblem<Scalar> norm_problem(Extent x, const NormWeights<Scalar>& weights,
                                  const NormOptions& options, const Require& require) {
   if (options.heads < 1 || x.cols % options.heads != 0) {
     require.fail("x is " + words(x) + ", and its columns do not divide into " +
                  std::to_string(options.heads) + " heads");
   }
-  const double epsilon = options.epsilon.value_or(kind == NormKind::l2 ? 1e-12 : 1e-5);
+  const double epsilon = options.epsilon.value_or(kind == Norm::l2 ? 1e-12 : 1e-5);
   if (!(epsilon >= 0 && std::isfinite(epsilon)))
     require.fail("epsilon must be finite and not negative, but is " + std::to_string(epsilon));
   require_norm_weight(require, "weights.gain", weights.gain.size(), x, options.heads);
@@ -128,20 +129,20 @@ struct NormStatistics {
   Scalar factor{};
 };
 
-template <NormKind kind, class Block, class Scalar>
+template <Norm kind, class Block, class Scalar>
 NormStatistics<Scalar> norm_statistics(const Block& x, Scalar epsilon) {
   NormStatistics<Scalar> statistics;
   const Scalar count = static_cast<Scalar>(x.size());
-  if constexpr (kind == NormKind::layer) statistics.mean = x.sum() / count;
+  if constexpr (kind == Norm::layer) statistics.mean = x.sum() / count;
   Scalar squares = (x - statistics.mean).square().sum();
-  if constexpr (kind != NormKind::l2) squares /= count;
+  if constexpr (kind != Norm::l2) squares /= count;
   const Scalar variance = squares + epsilon;
   statistics.factor = variance == Scalar(0) ? Scalar(0) : 1 / std::sqrt(variance);
   return statistics;
 }
 
 /// y = gain∘x̂ + bias, block by block.
-template <NormKind kind, int Stride, class Scalar>
+template <Norm kind, int Stride, class Scalar>
 void norm_rows(const NormProblem<Scalar>& problem, MatrixView<const Scalar> x,
                MatrixView<Scalar> out) {
   const Index width = problem.width();
@@ -165,7 +166,7 @@ struct NormWeightSums {
 };
 
 /// The backward of one block. dgain and dbias are added to, before dx may overwrite dy.
-template <NormKind kind, class Scalar, class X, class Grad, class Out>
+template <Norm kind, class Scalar, class X, class Grad, class Out>
 void norm_block_backward(const NormProblem<Scalar>& problem, Index head, const X& x,
                          const Grad& grad_out, NormWeightSums<Scalar> sums, Out& grad_x) {
   const auto sum_of = [&](MatrixView<Scalar> sum, const RowVector<Scalar>& weights) {
@@ -177,8 +178,8 @@ void norm_block_backward(const NormProblem<Scalar>& problem, Index head, const X
   if (sums.bias.cols > 0) sum_of(sums.bias, *problem.bias) += grad_out;
   const auto pull_back = [&, mean = mean, factor = factor](const auto& scaled) {
     const Scalar count = static_cast<Scalar>(x.size());
-    const Scalar along = (scaled * normalised).sum() / (kind == NormKind::l2 ? Scalar(1) : count);
-    const Scalar shift = kind == NormKind::layer ? Scalar(scaled.sum() / count) : Scalar(0);
+    const Scalar along = (scaled * normalised).sum() / (kind == Norm::l2 ? Scalar(1) : count);
+    const Scalar shift = kind == Norm::layer ? Scalar(scaled.sum() / count) : Scalar(0);
     grad_x = factor * (scaled - shift - normalised * along);
   };
   if (problem.gain->size() > 0) {
@@ -188,7 +189,7 @@ void norm_block_backward(const NormProblem<Scalar>& problem, Index head, const X
   }
 }
 
-template <NormKind kind, class X, class Out>
+template <Norm kind, class X, class Out>
 void norm_into(const char* function, const X& x, Out&& out, const NormWeights<scalar_t<X>>& weights,
                const NormOptions& options) {
   using Scalar = scalar_t<X>;
@@ -204,7 +205,7 @@ void norm_into(const char* function, const X& x, Out&& out, const NormWeights<sc
       [&](auto stride) { norm_rows<kind, decltype(stride)::value>(problem, from, to); }, from, to);
 }
 
-template <NormKind kind, class X, class GradOut, class GradX, class GradGain, class GradBias>
+template <Norm kind, class X, class GradOut, class GradX, class GradGain, class GradBias>
 void norm_backward_into(const char* function, const X& x, const GradOut& grad_out, GradX&& grad_x,
                         GradGain&& grad_gain, GradBias&& grad_bias,
                         const NormWeights<scalar_t<X>>& weights, const NormOptions& options) {
@@ -240,7 +241,7 @@ void norm_backward_into(const char* function, const X& x, const GradOut& grad_ou
       from, gradient, to);
 }
 
-template <NormKind kind, class X>
+template <Norm kind, class X>
 Matrix<scalar_t<X>> norm(const char* function, const X& x, const NormWeights<scalar_t<X>>& weights,
                          const NormOptions& options) {
   check_inputs_at_compile_time<X>();
@@ -249,7 +250,7 @@ Matrix<scalar_t<X>> norm(const char* function, const X& x, const NormWeights<sca
   return out;
 }
 
-template <NormKind kind, class X, class GradOut>
+template <Norm kind, class X, class GradOut>
 NormGradients<scalar_t<X>> norm_backward(const char* function, const X& x, const GradOut& grad_out,
                                          const NormWeights<scalar_t<X>>& weights,
                                          const NormOptions& options) {
@@ -278,14 +279,14 @@ NormGradients<scalar_t<X>> norm_backward(const char* function, const X& x, const
 template <class X>
 auto layer_norm(const X& x, const NormWeights<detail::scalar_t<X>>& weights = {},
                 const NormOptions& options = {}) {
-  return detail::norm<detail::NormKind::layer>("layer_norm", x, weights, options);
+  return detail::norm<Norm::layer>("layer_norm", x, weights, options);
 }
 
 /// `layer_norm` into `out`, of x's shape and any storage, without allocating. `out` may be x.
 template <class X, class Out>
 void layer_norm_into(const X& x, Out&& out, const NormWeights<detail::scalar_t<X>>& weights = {},
                      const NormOptions& options = {}) {
-  detail::norm_into<detail::NormKind::layer>("layer_norm", x, out, weights, options);
+  detail::norm_into<Norm::layer>("layer_norm", x, out, weights, options);
 }
 
 /// Gradients of a loss with respect to x, gain and bias, given grad_out = ∂loss/∂y: the formula
@@ -294,8 +295,7 @@ template <class X, class GradOut>
 auto layer_norm_backward(const X& x, const GradOut& grad_out,
                          const NormWeights<detail::scalar_t<X>>& weights = {},
                          const NormOptions& options = {}) {
-  return detail::norm_backward<detail::NormKind::layer>("layer_norm_backward", x, grad_out, weights,
-                                                        options);
+  return detail::norm_backward<Norm::layer>("layer_norm_backward", x, grad_out, weights, options);
 }
 
 /// The same without allocating; `grad_gain` and `grad_bias` are of the shapes of gain and bias.
@@ -305,8 +305,8 @@ void layer_norm_backward_into(const X& x, const GradOut& grad_out, GradX&& grad_
                               GradGain&& grad_gain, GradBias&& grad_bias,
                               const NormWeights<detail::scalar_t<X>>& weights = {},
                               const NormOptions& options = {}) {
-  detail::norm_backward_into<detail::NormKind::layer>("layer_norm_backward", x, grad_out, grad_x,
-                                                      grad_gain, grad_bias, weights, options);
+  detail::norm_backward_into<Norm::layer>("layer_norm_backward", x, grad_out, grad_x, grad_gain,
+                                          grad_bias, weights, options);
 }
 
 /// Root-mean-square normalisation (Zhang and Sennrich 2019, arXiv:1910.07467):
@@ -317,14 +317,14 @@ void layer_norm_backward_into(const X& x, const GradOut& grad_out, GradX&& grad_
 template <class X>
 auto rms_norm(const X& x, const NormWeights<detail::scalar_t<X>>& weights = {},
               const NormOptions& options = {}) {
-  return detail::norm<detail::NormKind::rms>("rms_norm", x, weights, options);
+  return detail::norm<Norm::rms>("rms_norm", x, weights, options);
 }
 
 /// `rms_norm` into `out`, of x's shape and any storage, without allocating. `out` may be x.
 template <class X, class Out>
 void rms_norm_into(const X& x, Out&& out, const NormWeights<detail::scalar_t<X>>& weights = {},
                    const NormOptions& options = {}) {
-  detail::norm_into<detail::NormKind::rms>("rms_norm", x, out, weights, options);
+  detail::norm_into<Norm::rms>("rms_norm", x, out, weights, options);
 }
 
 /// Gradients of `rms_norm`, as for `layer_norm_backward`.
@@ -332,8 +332,7 @@ template <class X, class GradOut>
 auto rms_norm_backward(const X& x, const GradOut& grad_out,
                        const NormWeights<detail::scalar_t<X>>& weights = {},
                        const NormOptions& options = {}) {
-  return detail::norm_backward<detail::NormKind::rms>("rms_norm_backward", x, grad_out, weights,
-                                                      options);
+  return detail::norm_backward<Norm::rms>("rms_norm_backward", x, grad_out, weights, options);
 }
 
 /// The same without allocating, as for `layer_norm_backward_into`.
@@ -342,8 +341,8 @@ void rms_norm_backward_into(const X& x, const GradOut& grad_out, GradX&& grad_x,
                             GradGain&& grad_gain, GradBias&& grad_bias,
                             const NormWeights<detail::scalar_t<X>>& weights = {},
                             const NormOptions& options = {}) {
-  detail::norm_backward_into<detail::NormKind::rms>("rms_norm_backward", x, grad_out, grad_x,
-                                                    grad_gain, grad_bias, weights, options);
+  detail::norm_backward_into<Norm::rms>("rms_norm_backward", x, grad_out, grad_x, grad_gain,
+                                        grad_bias, weights, options);
 }
 
 /// Normalisation to length 1:
@@ -356,14 +355,14 @@ void rms_norm_backward_into(const X& x, const GradOut& grad_out, GradX&& grad_x,
 template <class X>
 auto l2_normalize(const X& x, const NormWeights<detail::scalar_t<X>>& weights = {},
                   const NormOptions& options = {}) {
-  return detail::norm<detail::NormKind::l2>("l2_normalize", x, weights, options);
+  return detail::norm<Norm::l2>("l2_normalize", x, weights, options);
 }
 
 /// `l2_normalize` into `out`, of x's shape and any storage, without allocating. `out` may be x.
 template <class X, class Out>
 void l2_normalize_into(const X& x, Out&& out, const NormWeights<detail::scalar_t<X>>& weights = {},
                        const NormOptions& options = {}) {
-  detail::norm_into<detail::NormKind::l2>("l2_normalize", x, out, weights, options);
+  detail::norm_into<Norm::l2>("l2_normalize", x, out, weights, options);
 }
 
 /// Gradients of `l2_normalize`, as for `layer_norm_backward`.
@@ -371,8 +370,7 @@ template <class X, class GradOut>
 auto l2_normalize_backward(const X& x, const GradOut& grad_out,
                            const NormWeights<detail::scalar_t<X>>& weights = {},
                            const NormOptions& options = {}) {
-  return detail::norm_backward<detail::NormKind::l2>("l2_normalize_backward", x, grad_out, weights,
-                                                     options);
+  return detail::norm_backward<Norm::l2>("l2_normalize_backward", x, grad_out, weights, options);
 }
 
 /// The same without allocating, as for `layer_norm_backward_into`.
@@ -381,8 +379,44 @@ void l2_normalize_backward_into(const X& x, const GradOut& grad_out, GradX&& gra
                                 GradGain&& grad_gain, GradBias&& grad_bias,
                                 const NormWeights<detail::scalar_t<X>>& weights = {},
                                 const NormOptions& options = {}) {
-  detail::norm_backward_into<detail::NormKind::l2>("l2_normalize_backward", x, grad_out, grad_x,
-                                                   grad_gain, grad_bias, weights, options);
+  detail::norm_backward_into<Norm::l2>("l2_normalize_backward", x, grad_out, grad_x, grad_gain,
+                                       grad_bias, weights, options);
+}
+
+/// The norm of that kind: `layer_norm`, `rms_norm`, `l2_normalize`, or x itself.
+template <class X>
+Matrix<detail::scalar_t<X>> normalize(Norm norm, const X& x,
+                                      const NormWeights<detail::scalar_t<X>>& weights = {},
+                                      const NormOptions& options = {}) {
+  switch (norm) {
+    case Norm::layer:
+      return layer_norm(x, weights, options);
+    case Norm::rms:
+      return rms_norm(x, weights, options);
+    case Norm::l2:
+      return l2_normalize(x, weights, options);
+    case Norm::none:
+      break;
+  }
+  return x;
+}
+
+/// Gradients of `normalize`, as for `layer_norm_backward`.
+template <class X, class GradOut>
+NormGradients<detail::scalar_t<X>> normalize_backward(
+    Norm norm, const X& x, const GradOut& grad_out,
+    const NormWeights<detail::scalar_t<X>>& weights = {}, const NormOptions& options = {}) {
+  switch (norm) {
+    case Norm::layer:
+      return layer_norm_backward(x, grad_out, weights, options);
+    case Norm::rms:
+      return rms_norm_backward(x, grad_out, weights, options);
+    case Norm::l2:
+      return l2_normalize_backward(x, grad_out, weights, options);
+    case Norm::none:
+      break;
+  }
+  return {grad_out, {}};
 }
 
 }  // namespace surfattn
