@@ -95,11 +95,20 @@ bool run_case(const Case& c, int runs) {
       sink = g.x(0, 0) + g.y(0, 0);
     };
   };
+  const LayerSize size{c.width,   c.width,  c.width,  c.head_dim, c.head_dim,
+                       {c.heads}, c.length, c.length, c.batch};
+  const auto predicted = [&](Use use) {
+    return predicted_seconds(layer_cost(Form::standard, size, use)) /
+           predicted_seconds(layer_cost(Form::surface, size, use));
+  };
   const Timing once = interleave(forward(standard), forward(surface), runs);
   const Timing train = interleave(both(standard), both(surface), runs);
-  std::printf("%-44s forward %8.3f / %8.3f ms = %.2f   with backward %8.3f / %8.3f ms = %.2f\n",
-              c.name, once.first * 1e3, once.second * 1e3, once.ratio, train.first * 1e3,
-              train.second * 1e3, train.ratio);
+  const auto report = [&](const char* what, const Timing& timing, Use use) {
+    std::printf("%-42s %-13s %9.3f / %9.3f ms = %5.2f   predicted %5.2f\n", c.name, what,
+                timing.first * 1e3, timing.second * 1e3, timing.ratio, predicted(use));
+  };
+  report("forward", once, Use::prompt);
+  report("with backward", train, Use::train);
   return true;
 }
 

@@ -234,6 +234,23 @@ void check_layer(const Sizes& s, bool biases, MaskKind mask, std::mt19937_64& ra
     check_close("Wk", a.weights.key, pulled.key, size);
     check_close("Wv", a.weights.value, pulled.value, size);
     check_close("Wo", a.weights.output, pulled.output, size);
+    // one step of gradient descent, by the gradients of either form
+    const auto after_step = [&](const StandardWeights<Scalar>& gradient) {
+      StandardWeights<Scalar> stepped = w;
+      const Scalar rate = Scalar(1e-2);
+      stepped.query -= rate * gradient.query;
+      stepped.key -= rate * gradient.key;
+      stepped.value -= rate * gradient.value;
+      stepped.output -= rate * gradient.output;
+      if (biases) {
+        stepped.query_bias -= rate * gradient.query_bias;
+        stepped.value_bias -= rate * gradient.value_bias;
+        stepped.output_bias -= rate * gradient.output_bias;
+      }
+      return stepped;
+    };
+    check_close("layer after a step", layer_forward(x, y, after_step(a.weights), {}, terms...).out,
+                layer_forward(x, y, merge(after_step(pulled)), {}, terms...).out, size);
     if (!biases) return;
     check_close<Scalar>("bq", a.weights.query_bias, pulled.query_bias, size);
     check_close<Scalar>("bk cancels", a.weights.key_bias,
