@@ -128,7 +128,7 @@ std::size_t iterated_workspace_size(const Queries& queries, const Keys& keys,
                          .shapes(detail::extent(queries), detail::extent(keys),
                                  detail::extent(keys), options.heads, options.sequences);
   return detail::iterated_bytes<Scalar>(shape) +
-         detail::workspace_size<Scalar>(Pass::forward, shape, true, options.executor);
+         detail::forward_workspace_size<Scalar>(shape, options.executor);
 }
 
 /// q_T into `out`, Tq × (Hq·d), without allocating and without what the backward pass needs. Inputs
@@ -148,9 +148,8 @@ void project_iterated_into(const Queries& queries, const Keys& keys, Out&& out,
   const detail::Shape& shape = operands.shape;
   require.shape("out", detail::extent(out), shape.queries_extent(), "the shape of queries");
   const std::size_t own = detail::iterated_bytes<Scalar>(shape);
-  detail::check_workspace(
-      require, workspace,
-      own + detail::workspace_size<Scalar>(Pass::forward, shape, true, nullptr));
+  detail::check_workspace(require, workspace,
+                          own + detail::forward_workspace_size<Scalar>(shape, nullptr));
   detail::bind_terms(shape, require, terms...);
   detail::Arena arena(workspace);
   const Index cols = shape.query_heads * shape.head_dim;

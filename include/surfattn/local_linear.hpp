@@ -112,7 +112,7 @@ std::size_t local_linear_bytes(Pass pass, const Operands<Scalar>& operands,
         .workspace_size();
   }
   return std::max(
-      workspace_size<Scalar>(Pass::forward, projection_of(operands).shape, true, executor),
+      forward_workspace_size<Scalar>(projection_of(operands).shape, executor),
       MomentPlan<Scalar>(operands.shape, operands.values_are_keys, executor).workspace_size());
 }
 
@@ -189,8 +189,17 @@ void finish_local_gradients(const LocalProblem<Scalar>& problem, MatrixView<cons
                             const LocalLinearOutputs<Scalar>& gradients) {
   using Accumulator = accumulator_t<Scalar>;
   const Shape& shape = problem.operands.shape;
-  *gradients.bandwidth = bandwidth_gradient<Scalar>(problem.operands, gradients.of_inputs.queries,
-                                                    gradients.of_inputs.key_bias);
+  Accumulator grad_scale(0);
+  for (Index s = 0; s < shape.sequences.count(); ++s) {
+    const auto one = problem.operands.of_sequence(s);
+    for (Index head = 0; head < shape.key_value_heads; ++head) {
+      grad_scale +=
+          scale_gradient<Scalar>(one, head, query_rows(gradients.of_inputs.queries, one.shape),
+                                 key_rows(gradients.of_inputs.key_bias, one.shape), nullptr);
+    }
+  }
+  const Accumulator scale = problem.operands.scale;
+  *gradients.bandwidth = static_cast<Scalar>(-2 * scale * std::sqrt(scale) * grad_scale);
   Accumulator total(0);
   for (Index i = 0; i < shape.queries; ++i) {
     for (Index head = 0; head < shape.query_heads; ++head) {

@@ -25,12 +25,20 @@ struct LocalProblem {
   }
 };
 
+template <class Terms>
+inline constexpr bool only_masks =
+    !Terms::modifies_scores && !Terms::has_biases && !Terms::has_sinks && !Terms::drops_weights;
+
 /// Calls use(problem, terms) for each sequence of a batch, one after the other.
 template <class Scalar, class Bind, class Use>
 void for_each_sequence(const LocalProblem<Scalar>& batch, const Bind& bind, const Use& use) {
   for (Index s = 0; s < batch.operands.shape.sequences.count(); ++s) {
     const auto one = batch.of_sequence(s);
-    use(one, bind(one.operands.shape));
+    const auto terms = bind(one.operands.shape);
+    static_assert(only_masks<plain_t<decltype(terms)>>,
+                  "surfattn: a local-linear estimate takes masks alone; a prior or a bias for each "
+                  "key is given as options.prior");
+    use(one, terms);
   }
 }
 
