@@ -181,6 +181,23 @@ TEST_CASE("gradients of layers with norms and k_equals_v agree with central diff
   }
 }
 
+TEST_CASE("layers and blocks give the gradients of terms with parameters, in both forms") {
+  std::mt19937_64 random = seeded_random();
+  const auto w = random_weights(6, 6, 6, {7, 7, 3, 2, 2, 2}, random);
+  M bias = random_matrix<double>(7, 7, random);
+  const auto check = [&](const auto& p) {
+    const auto f = block_forward(p.x, p.block, {}, AdditiveBias{bias});
+    const auto g = block_backward(p.x, p.block, f, p.grad_out, {}, AdditiveBias{bias});
+    check_by_differences(
+        "bias", [&](const M& at) { return p.loss(p.x, p.y, p.block, AdditiveBias{at}); }, bias,
+        std::get<0>(g.terms));
+    check_by_differences(
+        "x", [&](const M& at) { return p.loss(at, p.y, p.block, AdditiveBias{bias}); }, p.x, g.x);
+  };
+  check(block_of(w, true, random));
+  check(block_of(merge(w), true, random));
+}
+
 TEST_CASE("a block is its parts") {
   std::mt19937_64 random = seeded_random();
   const auto w = random_weights(6, 5, 6, {7, 9, 3, 2, 2, 2}, random);

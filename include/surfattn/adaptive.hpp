@@ -203,6 +203,8 @@ auto project_metric_backward(const Queries& queries, const Keys& keys,
                              const Forward<Scalar>& forward, const GradOut& grad_out,
                              const SurfaceOptions& options = {}, const Terms&... terms) {
   detail::check_inputs_at_compile_time<Queries, Keys, Matrix<Scalar>, GradOut>();
+  static_assert(!(detail::TrainableTermType<Terms> || ...),
+                "surfattn: project_metric_backward gives no gradients of terms with parameters");
   constexpr detail::Require require("project_metric_backward");
   const auto shape = require.shapes(detail::extent(queries), detail::extent(keys),
                                     detail::extent(keys), options.heads, options.sequences);
@@ -254,6 +256,10 @@ auto project_bandwidths_forward(const Queries& queries, const Keys& keys,
   detail::check_inputs_at_compile_time<Queries, Keys, Bandwidths>();
   const auto wide = detail::widen(queries, keys, bandwidths, options,
                                   detail::Require("project_bandwidths_forward"));
+  static_assert(!decltype(detail::bind_terms(wide.shape, std::declval<const detail::Require&>(),
+                                             terms...))::needs_whole_scores,
+                "surfattn: project_bandwidths takes no modifiers and no sinks: its scores lack the "
+                "norm of the query");
   return attention_forward(wide.queries, wide.keys, keys, wide.options, terms...);
 }
 
@@ -276,6 +282,9 @@ auto project_bandwidths_backward(const Queries& queries, const Keys& keys,
                                  const GradOut& grad_out, const SurfaceOptions& options = {},
                                  const Terms&... terms) {
   detail::check_inputs_at_compile_time<Queries, Keys, Bandwidths, Matrix<Scalar>, GradOut>();
+  static_assert(
+      !(detail::TrainableTermType<Terms> || ...),
+      "surfattn: project_bandwidths_backward gives no gradients of terms with parameters");
   const auto wide = detail::widen(queries, keys, bandwidths, options,
                                   detail::Require("project_bandwidths_backward"));
   const detail::Shape& shape = wide.shape;

@@ -77,10 +77,11 @@ auto block_forward(const X& x, const Y* y, const BlockWeights<Layer>& weights,
 }
 
 template <class X, class Y, class Layer, class LayerForward, class... Terms>
-BlockGradients<Layer> block_backward(const X& x, const Y* y, const BlockWeights<Layer>& weights,
-                                     const BlockForward<LayerForward>& forward,
-                                     const Matrix<typename BlockWeights<Layer>::Scalar>& grad_out,
-                                     const LayerOptions& options, const Terms&... terms) {
+void run_block_backward(const X& x, const Y* y, const BlockWeights<Layer>& weights,
+                        const BlockForward<LayerForward>& forward,
+                        const Matrix<typename BlockWeights<Layer>::Scalar>& grad_out,
+                        const LayerOptions& options, BlockGradients<Layer>& gradients,
+                        const Terms&... terms) {
   using Scalar = typename BlockWeights<Layer>::Scalar;
   check_inputs_at_compile_time<X, Y, Matrix<Scalar>>();
   constexpr Require require("block_backward");
@@ -95,28 +96,45 @@ BlockGradients<Layer> block_backward(const X& x, const Y* y, const BlockWeights<
   auto of_sum =
       normalize_backward(weights.post_norm, forward.sum, grad_out, weights.post_norm_weights, norm);
   // s = x + layer(x̂, y)
-  auto of_layer = y ? layer_backward(forward.normed, *y, weights.layer, forward.layer, of_sum.x,
-                                     options, terms...)
-                    : layer_backward(forward.normed, forward.normed, weights.layer, forward.layer,
-                                     of_sum.x, options, terms...);
+  LayerGradients<Layer> of_layer;
+  const auto pull_back = [&](const auto& keys) {
+    run_layer_backward(forward.normed, keys, weights.layer, forward.layer, of_sum.x, options,
+                       of_layer, terms...);
+  };
+  if (y) {
+    pull_back(*y);
+  } else {
+    pull_back(forward.normed);
+  }
   if (!y) of_layer.x += of_layer.y;
   // x̂ = pre_norm(x)
   auto of_x = normalize_backward(weights.pre_norm, x, of_layer.x, weights.pre_norm_weights, norm);
-  BlockGradients<Layer> gradients;
   gradients.x = std::move(of_x.x);
   if (weights.residual) gradients.x += of_sum.x;
   if (y) gradients.y = std::move(of_layer.y);
   gradients.weights = {
       std::move(of_layer.weights), weights.pre_norm,     weights.post_norm, std::move(of_x.weights),
       std::move(of_sum.weights),   weights.norm_epsilon, weights.residual};
-  return gradients;
+}
+
+template <class X, class Y, class Layer, class LayerForward, class... Terms>
+auto block_backward(const X& x, const Y* y, const BlockWeights<Layer>& weights,
+                    const BlockForward<LayerForward>& forward,
+                    const Matrix<typename BlockWeights<Layer>::Scalar>& grad_out,
+                    const LayerOptions& options, const Terms&... terms) {
+  return with_term_gradients(
+      BlockGradients<Layer>{},
+      [&](auto& gradients, const auto&... directed) {
+        run_block_backward(x, y, weights, forward, grad_out, options, gradients, directed...);
+      },
+      terms...);
 }
 
 }  // namespace detail
 
 /// A block of self-attention, for x: T × D: post_norm(x + layer(pre_norm(x), pre_norm(x))), each part
 /// as far as the weights name it. Allocates what layer_forward does and three matrices of x's shape.
-/// Errors as for layer_forward; a residual that is as wide as x is not.
+/// Errors as for layer_forward; an x to be added to an output of another width.
 template <class X, class Layer, class... Terms>
 auto block_forward(const X& x, const BlockWeights<Layer>& weights, const LayerOptions& options = {},
                    const Terms&... terms) {

@@ -230,6 +230,8 @@ auto project_iterated_backward(const Queries& queries, const Keys& keys, const I
                                const IteratedForward<Scalar>& forward, const GradOut& grad_out,
                                const SurfaceOptions& options = {}, const Terms&... terms) {
   detail::check_inputs_at_compile_time<Queries, Keys, Matrix<Scalar>, GradOut>();
+  static_assert(!(detail::TrainableTermType<Terms> || ...),
+                "surfattn: project_iterated_backward gives no gradients of terms with parameters");
   constexpr detail::Require require("project_iterated_backward");
   detail::check_iteration(iteration, require);
   const auto shape = require.shapes(detail::extent(queries), detail::extent(keys),

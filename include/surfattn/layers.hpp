@@ -185,18 +185,33 @@ Forward<Scalar> attend(const StandardWeights<Scalar>& weights,
 }
 
 /// Gradients of `attend`, with respect to the values apart, but for shared ones, which are in `keys`.
+/// Terms write the gradients of their parameters where they have been told.
 template <class Scalar, class... Terms>
 AttentionGradients<Scalar> attend_backward(const StandardWeights<Scalar>& weights,
                                            const StandardLayerForward<Scalar>& forward,
                                            const Matrix<Scalar>& grad_out,
                                            const LayerOptions& options, const Terms&... terms) {
+  const Matrix<Scalar>&q = forward.queries, &k = forward.keys;
+  AttentionGradients<Scalar> gradients{
+      Matrix<Scalar>(q.rows(), q.cols()), Matrix<Scalar>(k.rows(), k.cols()), {}};
   if (shares_keys(weights)) {
-    auto shared = project_backward(forward.queries, forward.keys, forward.attention, grad_out,
-                                   shared_options(weights, options), terms...);
-    return {std::move(shared.queries), std::move(shared.keys), {}};
+    const SurfaceOptions shared = shared_options(weights, options);
+    Scalar grad_bandwidth;
+    Matrix<Scalar> grad_log_prior(k.rows(), key_norm_options(weights).heads);
+    project_backward_into(q, k, forward.attention.out, forward.attention.log_sum_exp, grad_out,
+                          gradients.queries, gradients.keys, grad_bandwidth, grad_log_prior,
+                          Workspace(workspace_size(Pass::backward, q, k, shared, terms...)), shared,
+                          terms...);
+    return gradients;
   }
-  return attention_backward(forward.queries, forward.keys, layer_values(weights, forward),
-                            forward.attention, grad_out, layer_options(weights, options), terms...);
+  const Matrix<Scalar>& v = layer_values(weights, forward);
+  const Options apart = layer_options(weights, options);
+  gradients.values.resize(v.rows(), v.cols());
+  attention_backward_into(q, k, v, forward.attention.out, forward.attention.log_sum_exp, grad_out,
+                          gradients.queries, gradients.keys, gradients.values,
+                          Workspace(workspace_size(Pass::backward, q, k, v, apart, terms...)),
+                          apart, terms...);
+  return gradients;
 }
 
 template <class Scalar>
@@ -311,83 +326,118 @@ SurfaceLayerForward<Scalar> layer_forward(const X& x, const Y& y,
   return forward;
 }
 
+namespace detail {
+
+/// Of a standard layer; the terms know where the gradients of their parameters go.
+template <class X, class Y, class Scalar, class... Terms>
+void run_layer_backward(const X& x, const Y& y, const StandardWeights<Scalar>& weights,
+                        const StandardLayerForward<Scalar>& forward, const Matrix<Scalar>& grad_out,
+                        const LayerOptions& options,
+                        LayerGradients<StandardWeights<Scalar>>& gradients, const Terms&... terms) {
+  constexpr Require require("layer_backward");
+  layer_shape(weights, require);
+  require_layer_inputs(require, x, y, weights.query.rows(), weights.key.rows());
+  require.shape("grad_out", extent(grad_out), {x.rows(), weights.output.cols()},
+                "the shape of the layer's output");
+  require_standard_forward(require, weights, forward, x.rows(), y.rows());
+  const auto& from = stored(x);
+  const auto& to = stored(y);
+  StandardWeights<Scalar>& of_weights = gradients.weights;
+  of_weights = without_numbers(weights);
+  // out = attention·Wo + bo
+  of_weights.output = product(forward.attention.out.transpose(), grad_out);
+  of_weights.output_bias = bias_gradient(grad_out, weights.output_bias);
+  auto inner = attend_backward(weights, forward, product(grad_out, weights.output.transpose()),
+                               options, terms...);
+  pull_back_norms(weights, forward, inner, of_weights);
+  // Q = X·Wq + bq
+  of_weights.query = product(from.transpose(), inner.queries);
+  of_weights.query_bias = bias_gradient(inner.queries, weights.query_bias);
+  gradients.x = product(inner.queries, weights.query.transpose());
+  // K = Y·Wk + bk,  V = Y·Wv + bv
+  of_weights.key = product(to.transpose(), inner.keys);
+  of_weights.key_bias = bias_gradient(inner.keys, weights.key_bias);
+  gradients.y = product(inner.keys, weights.key.transpose());
+  if (weights.k_equals_v) return;
+  of_weights.value = product(to.transpose(), inner.values);
+  of_weights.value_bias = bias_gradient(inner.values, weights.value_bias);
+  gradients.y.noalias() += inner.values * weights.value.transpose();
+}
+
+/// Of a layer in the surface form.
+template <class X, class Y, class Scalar, class... Terms>
+void run_layer_backward(const X& x, const Y& y, const SurfaceWeights<Scalar>& weights,
+                        const SurfaceLayerForward<Scalar>& forward, const Matrix<Scalar>& grad_out,
+                        const LayerOptions& options,
+                        LayerGradients<SurfaceWeights<Scalar>>& gradients, const Terms&... terms) {
+  constexpr Require require("layer_backward");
+  const Index width = surface_width(weights, require);
+  require_layer_inputs(require, x, y, weights.metric.rows(), width);
+  require.shape("grad_out", extent(grad_out), {x.rows(), weights.readout.cols()},
+                "the shape of the layer's output");
+  require_forward(require, "forward.projection", forward.projection,
+                  {x.rows(), weights.readout.rows()}, {x.rows(), weights.heads});
+  require_projected(require, "forward.queries", forward.queries, x.rows(), weights.metric.cols());
+  const auto& from = stored(x);
+  const auto& to = stored(y);
+  gradients.weights.heads = weights.heads;
+  gradients.weights.scale = weights.scale;
+  // out = P·B + r + bo
+  gradients.weights.readout = product(forward.projection.out.transpose(), grad_out);
+  gradients.weights.output_bias = bias_gradient(grad_out, weights.output_bias);
+  gradients.weights.readout_bias =
+      readout_bias_gradient(weights.readout_bias, forward.projection.log_sum_exp, grad_out);
+  const SurfaceOptions inner = layer_options(weights, options);
+  Matrix<Scalar> grad_queries(forward.queries.rows(), forward.queries.cols());
+  Matrix<Scalar> grad_log_prior(y.rows(), 1);
+  Scalar grad_bandwidth;
+  gradients.y.resize(y.rows(), y.cols());
+  project_backward_into(
+      forward.queries, to, forward.projection.out, forward.projection.log_sum_exp,
+      product(grad_out, weights.readout.transpose()), grad_queries, gradients.y, grad_bandwidth,
+      grad_log_prior,
+      Workspace(workspace_size(Pass::backward, forward.queries, to, inner, terms...)), inner,
+      terms...);
+  // Q = X·A + g
+  gradients.weights.metric = product(from.transpose(), grad_queries);
+  gradients.weights.metric_bias = bias_gradient(grad_queries, weights.metric_bias);
+  gradients.x = product(grad_queries, weights.metric.transpose());
+}
+
+}  // namespace detail
+
 /// Gradients of a loss with respect to x, y and every weight of a standard layer, given grad_out =
 /// ∂loss/∂out, Tx × Dout, and what layer_forward returned for the same inputs, weights, options and
 /// terms. Rows of x and y must be finite, masked or not: the weights' gradients are products over
-/// all rows.
+/// all rows. Gradients of terms with parameters as for attention_backward.
 template <class X, class Y, class Scalar, class... Terms>
-LayerGradients<StandardWeights<Scalar>> layer_backward(
-    const X& x, const Y& y, const StandardWeights<Scalar>& weights,
-    const StandardLayerForward<Scalar>& forward,
-    const std::type_identity_t<Matrix<Scalar>>& grad_out, const LayerOptions& options = {},
-    const Terms&... terms) {
-  constexpr detail::Require require("layer_backward");
-  detail::layer_shape(weights, require);
-  detail::require_layer_inputs(require, x, y, weights.query.rows(), weights.key.rows());
-  require.shape("grad_out", detail::extent(grad_out), {x.rows(), weights.output.cols()},
-                "the shape of the layer's output");
-  detail::require_standard_forward(require, weights, forward, x.rows(), y.rows());
-  const auto& from = detail::stored(x);
-  const auto& to = detail::stored(y);
-  LayerGradients<StandardWeights<Scalar>> gradients{{}, {}, detail::without_numbers(weights)};
-  StandardWeights<Scalar>& of_weights = gradients.weights;
-  // out = attention·Wo + bo
-  of_weights.output = detail::product(forward.attention.out.transpose(), grad_out);
-  of_weights.output_bias = detail::bias_gradient(grad_out, weights.output_bias);
-  auto inner = detail::attend_backward(
-      weights, forward, detail::product(grad_out, weights.output.transpose()), options, terms...);
-  detail::pull_back_norms(weights, forward, inner, of_weights);
-  // Q = X·Wq + bq
-  of_weights.query = detail::product(from.transpose(), inner.queries);
-  of_weights.query_bias = detail::bias_gradient(inner.queries, weights.query_bias);
-  gradients.x = detail::product(inner.queries, weights.query.transpose());
-  // K = Y·Wk + bk,  V = Y·Wv + bv
-  of_weights.key = detail::product(to.transpose(), inner.keys);
-  of_weights.key_bias = detail::bias_gradient(inner.keys, weights.key_bias);
-  gradients.y = detail::product(inner.keys, weights.key.transpose());
-  if (weights.k_equals_v) return gradients;
-  of_weights.value = detail::product(to.transpose(), inner.values);
-  of_weights.value_bias = detail::bias_gradient(inner.values, weights.value_bias);
-  gradients.y.noalias() += inner.values * weights.value.transpose();
-  return gradients;
+auto layer_backward(const X& x, const Y& y, const StandardWeights<Scalar>& weights,
+                    const StandardLayerForward<Scalar>& forward,
+                    const std::type_identity_t<Matrix<Scalar>>& grad_out,
+                    const LayerOptions& options = {}, const Terms&... terms) {
+  return detail::with_term_gradients(
+      LayerGradients<StandardWeights<Scalar>>{},
+      [&](auto& gradients, const auto&... directed) {
+        detail::run_layer_backward(x, y, weights, forward, grad_out, options, gradients,
+                                   directed...);
+      },
+      terms...);
 }
 
 /// The same for a layer in the surface form: with U = dS·Y, dA = β·XᵀU, dX = β·U·Aᵀ, dY = Wᵀ(dO·Bᵀ)
 /// + β·dSᵀ(X·A + g), dB = P(Q)ᵀ·dO.
 template <class X, class Y, class Scalar, class... Terms>
-LayerGradients<SurfaceWeights<Scalar>> layer_backward(
-    const X& x, const Y& y, const SurfaceWeights<Scalar>& weights,
-    const SurfaceLayerForward<Scalar>& forward,
-    const std::type_identity_t<Matrix<Scalar>>& grad_out, const LayerOptions& options = {},
-    const Terms&... terms) {
-  constexpr detail::Require require("layer_backward");
-  const Index width = detail::surface_width(weights, require);
-  detail::require_layer_inputs(require, x, y, weights.metric.rows(), width);
-  require.shape("grad_out", detail::extent(grad_out), {x.rows(), weights.readout.cols()},
-                "the shape of the layer's output");
-  detail::require_forward(require, "forward.projection", forward.projection,
-                          {x.rows(), weights.readout.rows()}, {x.rows(), weights.heads});
-  detail::require_projected(require, "forward.queries", forward.queries, x.rows(),
-                            weights.metric.cols());
-  const auto& from = detail::stored(x);
-  const auto& to = detail::stored(y);
-  LayerGradients<SurfaceWeights<Scalar>> gradients;
-  gradients.weights.heads = weights.heads;
-  gradients.weights.scale = weights.scale;
-  // out = P·B + r + bo
-  gradients.weights.readout = detail::product(forward.projection.out.transpose(), grad_out);
-  gradients.weights.output_bias = detail::bias_gradient(grad_out, weights.output_bias);
-  gradients.weights.readout_bias =
-      detail::readout_bias_gradient(weights.readout_bias, forward.projection.log_sum_exp, grad_out);
-  auto inner = project_backward(forward.queries, to, forward.projection,
-                                detail::product(grad_out, weights.readout.transpose()),
-                                detail::layer_options(weights, options), terms...);
-  // Q = X·A + g
-  gradients.weights.metric = detail::product(from.transpose(), inner.queries);
-  gradients.weights.metric_bias = detail::bias_gradient(inner.queries, weights.metric_bias);
-  gradients.x = detail::product(inner.queries, weights.metric.transpose());
-  gradients.y = std::move(inner.keys);
-  return gradients;
+auto layer_backward(const X& x, const Y& y, const SurfaceWeights<Scalar>& weights,
+                    const SurfaceLayerForward<Scalar>& forward,
+                    const std::type_identity_t<Matrix<Scalar>>& grad_out,
+                    const LayerOptions& options = {}, const Terms&... terms) {
+  return detail::with_term_gradients(
+      LayerGradients<SurfaceWeights<Scalar>>{},
+      [&](auto& gradients, const auto&... directed) {
+        detail::run_layer_backward(x, y, weights, forward, grad_out, options, gradients,
+                                   directed...);
+      },
+      terms...);
 }
 
 }  // namespace surfattn
