@@ -109,6 +109,8 @@ WidenedProblem<scalar_t<Queries>> widen(const Queries& queries, const Keys& keys
                                         const Bandwidths& bandwidths, const SurfaceOptions& options,
                                         const Require& require) {
   using Scalar = scalar_t<Queries>;
+  static_assert(std::is_same_v<Scalar, accumulator_t<Scalar>>,
+                "surfattn: bandwidths take float, double or long double");
   WidenedProblem<Scalar> wide;
   wide.shape =
       require.shapes(extent(queries), extent(keys), extent(keys), options.heads, options.sequences);

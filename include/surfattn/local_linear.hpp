@@ -50,6 +50,9 @@ template <class Queries, class Keys, class Values>
 Operands<scalar_t<Queries>> local_operands(const Queries& queries, const Keys& keys,
                                            const Values* values, const SurfaceOptions& options,
                                            const Require& require) {
+  using Scalar = scalar_t<Queries>;
+  static_assert(std::is_same_v<Scalar, accumulator_t<Scalar>>,
+                "surfattn: local-linear estimates take float, double or long double");
   auto operands = surface_operands(queries, keys, options, require);
   if (values) {
     operands.shape = require.shapes(extent(queries), extent(keys), extent(*values), options.heads,
