@@ -217,15 +217,15 @@ void check_layer(const Sizes& s, bool biases, MaskKind mask, std::mt19937_64& ra
   const auto y = random_matrix<Scalar>(s.keys, y_width, random);
   const auto grad_out = random_matrix<Scalar>(s.queries, out_width, random);
   with_terms(mask, s.queries, s.keys, [&](const auto&... terms) {
-    const auto standard = layer_forward(x, y, w, terms...);
-    const auto surface = layer_forward(x, y, merged, terms...);
+    const auto standard = layer_forward(x, y, w, {}, terms...);
+    const auto surface = layer_forward(x, y, merged, {}, terms...);
     // sums at most (widths · heads + keys) long, of products of numbers of order 1, through scores of order 10
     const double depth = double(x_width + y_width + s.head_dim * s.query_heads + s.keys);
     const double tolerance = rounding<Scalar>(depth, 50 * largest(y));
     check_close("layer", standard.out, surface.out, tolerance);
 
-    const auto a = layer_backward(x, y, w, standard, grad_out, terms...);
-    const auto b = layer_backward(x, y, merged, surface, grad_out, terms...);
+    const auto a = layer_backward(x, y, w, standard, grad_out, {}, terms...);
+    const auto b = layer_backward(x, y, merged, surface, grad_out, {}, terms...);
     const auto pulled = pull_back(w, b.weights, s);
     const double size = tolerance * double(s.queries + s.keys);
     check_close("x", a.x, b.x, size);
@@ -234,6 +234,23 @@ void check_layer(const Sizes& s, bool biases, MaskKind mask, std::mt19937_64& ra
     check_close("Wk", a.weights.key, pulled.key, size);
     check_close("Wv", a.weights.value, pulled.value, size);
     check_close("Wo", a.weights.output, pulled.output, size);
+    // one step of gradient descent, by the gradients of either form
+    const auto after_step = [&](const StandardWeights<Scalar>& gradient) {
+      StandardWeights<Scalar> stepped = w;
+      const Scalar rate = Scalar(1e-2);
+      stepped.query -= rate * gradient.query;
+      stepped.key -= rate * gradient.key;
+      stepped.value -= rate * gradient.value;
+      stepped.output -= rate * gradient.output;
+      if (biases) {
+        stepped.query_bias -= rate * gradient.query_bias;
+        stepped.value_bias -= rate * gradient.value_bias;
+        stepped.output_bias -= rate * gradient.output_bias;
+      }
+      return stepped;
+    };
+    check_close("layer after a step", layer_forward(x, y, after_step(a.weights), {}, terms...).out,
+                layer_forward(x, y, merge(after_step(pulled)), {}, terms...).out, size);
     if (!biases) return;
     check_close<Scalar>("bq", a.weights.query_bias, pulled.query_bias, size);
     check_close<Scalar>("bk cancels", a.weights.key_bias,

@@ -4,6 +4,7 @@
 
 #include <string>
 #include <surfattn/attention.hpp>
+#include <surfattn/norms.hpp>
 #include <surfattn/surface.hpp>
 #include <surfattn/weights.hpp>
 #include <type_traits>
@@ -15,7 +16,8 @@ namespace surfattn {
 template <class Scalar>
 struct StandardLayerForward {
   Matrix<Scalar> out;                    ///< Tx × Dout
-  Matrix<Scalar> queries, keys, values;  ///< projected inputs
+  Matrix<Scalar> queries, keys, values;  ///< what attends; no values with k_equals_v
+  Matrix<Scalar> raw_queries, raw_keys;  ///< before their norms; 0×0 where there is no norm
   Forward<Scalar> attention;
 };
 
@@ -27,6 +29,14 @@ struct SurfaceLayerForward {
   Forward<Scalar> projection;
 };
 
+/// Options of a call of a layer.
+struct LayerOptions {
+  /// who runs the tasks of the attention; the calling thread alone where there is none
+  Executor* executor = nullptr;
+  /// how the rows of x and y divide into sequences: the projections are of the whole batch at once
+  Sequences sequences = {};
+};
+
 /// Gradients of a loss with respect to a layer's inputs and weights. In self-attention, where x and
 /// y are one, the gradient of the input is x + y.
 template <class Weights>
@@ -34,7 +44,7 @@ struct LayerGradients {
   using Scalar = typename decltype(Weights::output_bias)::Scalar;
   Matrix<Scalar> x;
   Matrix<Scalar> y;
-  /// The gradient of each matrix and bias in its place; heads and scale are copied.
+  /// The gradient of each matrix, bias and gain in its place; all else is copied.
   Weights weights;
 };
 
@@ -45,6 +55,14 @@ Matrix<Scalar> affine(const Input& x, const Matrix<Scalar>& weight, const RowVec
   Matrix<Scalar> out(x.rows(), weight.cols());
   out.noalias() = x * weight;
   if (bias.size() > 0) out.rowwise() += bias;
+  return out;
+}
+
+/// a·b into a new matrix, without a temporary.
+template <class A, class B>
+auto product(const A& a, const B& b) {
+  Matrix<scalar_t<A>> out(a.rows(), b.cols());
+  out.noalias() = a * b;
   return out;
 }
 
@@ -105,36 +123,181 @@ void require_projected(const Require& require, const char* name, const Matrix<Sc
 }
 
 template <class Scalar>
-Options layer_options(const StandardWeights<Scalar>& weights) {
-  return {.scale = weights.scale, .heads = weights.heads};
+Options layer_options(const StandardWeights<Scalar>& weights, const LayerOptions& options) {
+  return {.scale = weights.scale,
+          .heads = weights.heads,
+          .executor = options.executor,
+          .sequences = options.sequences};
+}
+
+/// With values that are the keys, the surface form of the same attention.
+template <class Scalar>
+SurfaceOptions shared_options(const StandardWeights<Scalar>& weights, const LayerOptions& options) {
+  return {.scale = weights.scale,
+          .heads = weights.heads,
+          .executor = options.executor,
+          .sequences = options.sequences,
+          .prior = KeyPrior::sdpa};
 }
 
 template <class Scalar>
-SurfaceOptions layer_options(const SurfaceWeights<Scalar>& weights) {
+SurfaceOptions layer_options(const SurfaceWeights<Scalar>& weights, const LayerOptions& options) {
   return {.scale = weights.scale,
           .heads = {.query = weights.heads, .key_value = 1},
+          .executor = options.executor,
+          .sequences = options.sequences,
           .prior = KeyPrior::sdpa};
+}
+
+template <class Scalar>
+NormOptions query_norm_options(const StandardWeights<Scalar>& weights) {
+  return {.epsilon = weights.norm_epsilon, .heads = weights.heads.query};
+}
+template <class Scalar>
+NormOptions key_norm_options(const StandardWeights<Scalar>& weights) {
+  return {.epsilon = weights.norm_epsilon,
+          .heads = weights.heads.key_value.value_or(weights.heads.query)};
+}
+
+/// What stands for V: the values, or with k_equals_v the keys as projected.
+template <class Scalar>
+const Matrix<Scalar>& layer_values(const StandardWeights<Scalar>& weights,
+                                   const StandardLayerForward<Scalar>& forward) {
+  if (!weights.k_equals_v) return forward.values;
+  return weights.key_norm == Norm::none ? forward.keys : forward.raw_keys;
+}
+
+/// Whether keys and values of the attention are the same matrix.
+template <class Scalar>
+bool shares_keys(const StandardWeights<Scalar>& weights) {
+  return weights.k_equals_v && weights.key_norm == Norm::none;
+}
+
+template <class Scalar, class... Terms>
+Forward<Scalar> attend(const StandardWeights<Scalar>& weights,
+                       const StandardLayerForward<Scalar>& forward, const LayerOptions& options,
+                       const Terms&... terms) {
+  if (shares_keys(weights))
+    return project_forward(forward.queries, forward.keys, shared_options(weights, options),
+                           terms...);
+  return attention_forward(forward.queries, forward.keys, layer_values(weights, forward),
+                           layer_options(weights, options), terms...);
+}
+
+/// Gradients of `attend`, with respect to the values apart, but for shared ones, which are in `keys`.
+/// Terms write the gradients of their parameters where they have been told.
+template <class Scalar, class... Terms>
+AttentionGradients<Scalar> attend_backward(const StandardWeights<Scalar>& weights,
+                                           const StandardLayerForward<Scalar>& forward,
+                                           const Matrix<Scalar>& grad_out,
+                                           const LayerOptions& options, const Terms&... terms) {
+  const Matrix<Scalar>&q = forward.queries, &k = forward.keys;
+  AttentionGradients<Scalar> gradients{
+      Matrix<Scalar>(q.rows(), q.cols()), Matrix<Scalar>(k.rows(), k.cols()), {}};
+  if (shares_keys(weights)) {
+    const SurfaceOptions shared = shared_options(weights, options);
+    Scalar grad_bandwidth;
+    Matrix<Scalar> grad_log_prior(k.rows(), key_norm_options(weights).heads);
+    project_backward_into(q, k, forward.attention.out, forward.attention.log_sum_exp, grad_out,
+                          gradients.queries, gradients.keys, grad_bandwidth, grad_log_prior,
+                          Workspace(workspace_size(Pass::backward, q, k, shared, terms...)), shared,
+                          terms...);
+    return gradients;
+  }
+  const Matrix<Scalar>& v = layer_values(weights, forward);
+  const Options apart = layer_options(weights, options);
+  gradients.values.resize(v.rows(), v.cols());
+  attention_backward_into(q, k, v, forward.attention.out, forward.attention.log_sum_exp, grad_out,
+                          gradients.queries, gradients.keys, gradients.values,
+                          Workspace(workspace_size(Pass::backward, q, k, v, apart, terms...)),
+                          apart, terms...);
+  return gradients;
+}
+
+template <class Scalar>
+void require_standard_forward(const Require& require, const StandardWeights<Scalar>& weights,
+                              const StandardLayerForward<Scalar>& forward, Index x_rows,
+                              Index y_rows) {
+  const auto projected = [&](const char* name, const Matrix<Scalar>& matrix, Index rows,
+                             Index cols) { require_projected(require, name, matrix, rows, cols); };
+  require_forward(require, "forward.attention", forward.attention, {x_rows, weights.output.rows()},
+                  {x_rows, weights.heads.query});
+  projected("forward.queries", forward.queries, x_rows, weights.query.cols());
+  projected("forward.keys", forward.keys, y_rows, weights.key.cols());
+  if (!weights.k_equals_v)
+    projected("forward.values", forward.values, y_rows, weights.value.cols());
+  if (weights.query_norm != Norm::none)
+    projected("forward.raw_queries", forward.raw_queries, x_rows, weights.query.cols());
+  if (weights.key_norm != Norm::none)
+    projected("forward.raw_keys", forward.raw_keys, y_rows, weights.key.cols());
+}
+
+/// Pulls the gradients of queries and keys back through their norms, in place, and adds that of
+/// values which are the keys as projected.
+template <class Scalar>
+void pull_back_norms(const StandardWeights<Scalar>& weights,
+                     const StandardLayerForward<Scalar>& forward,
+                     AttentionGradients<Scalar>& gradients, StandardWeights<Scalar>& of_weights) {
+  if (weights.query_norm != Norm::none) {
+    auto normed = normalize_backward(weights.query_norm, forward.raw_queries, gradients.queries,
+                                     weights.query_norm_weights, query_norm_options(weights));
+    gradients.queries = std::move(normed.x);
+    of_weights.query_norm_weights = std::move(normed.weights);
+  }
+  if (weights.key_norm != Norm::none) {
+    auto normed = normalize_backward(weights.key_norm, forward.raw_keys, gradients.keys,
+                                     weights.key_norm_weights, key_norm_options(weights));
+    gradients.keys = std::move(normed.x);
+    of_weights.key_norm_weights = std::move(normed.weights);
+    if (weights.k_equals_v) gradients.keys += gradients.values;
+  }
+}
+
+/// What a layer's gradient copies of its weights.
+template <class Scalar>
+StandardWeights<Scalar> without_numbers(const StandardWeights<Scalar>& weights) {
+  StandardWeights<Scalar> copy;
+  copy.heads = weights.heads;
+  copy.scale = weights.scale;
+  copy.query_norm = weights.query_norm;
+  copy.key_norm = weights.key_norm;
+  copy.norm_epsilon = weights.norm_epsilon;
+  copy.k_equals_v = weights.k_equals_v;
+  return copy;
 }
 
 }  // namespace detail
 
-/// A standard layer: attention(X·Wq + bq, Y·Wk + bk, Y·Wv + bv)·Wo + bo, for x: Tx × D and y: Ty ×
-/// Dy. `terms` as for `attention`. Allocates its result, the projections and a workspace. Errors:
+/// A standard layer: attention(X·Wq + bq, Y·Wk + bk, Y·Wv + bv)·Wo + bo, with norms of queries and
+/// keys and with k_equals_v as the weights say, for x: Tx × D and y: Ty × Dy, of one sequence or of a
+/// batch. `terms` as for `attention`. Allocates its result, the projections and a workspace. Errors:
 /// weights or inputs whose shapes do not fit together.
 template <class X, class Y, class Scalar, class... Terms>
 StandardLayerForward<Scalar> layer_forward(const X& x, const Y& y,
                                            const StandardWeights<Scalar>& weights,
+                                           const LayerOptions& options = {},
                                            const Terms&... terms) {
   detail::check_inputs_at_compile_time<X, Y, Matrix<Scalar>>();
   constexpr detail::Require require("layer_forward");
   detail::layer_shape(weights, require);
   detail::require_layer_inputs(require, x, y, weights.query.rows(), weights.key.rows());
+  const auto& from = detail::stored(x);
+  const auto& to = detail::stored(y);
   StandardLayerForward<Scalar> forward;
-  forward.queries = detail::affine(x, weights.query, weights.query_bias);
-  forward.keys = detail::affine(y, weights.key, weights.key_bias);
-  forward.values = detail::affine(y, weights.value, weights.value_bias);
-  forward.attention = attention_forward(forward.queries, forward.keys, forward.values,
-                                        detail::layer_options(weights), terms...);
+  forward.queries = detail::affine(from, weights.query, weights.query_bias);
+  if (weights.query_norm != Norm::none) {
+    forward.raw_queries = std::move(forward.queries);
+    forward.queries = normalize(weights.query_norm, forward.raw_queries, weights.query_norm_weights,
+                                detail::query_norm_options(weights));
+  }
+  forward.keys = detail::affine(to, weights.key, weights.key_bias);
+  if (weights.key_norm != Norm::none) {
+    forward.raw_keys = std::move(forward.keys);
+    forward.keys = normalize(weights.key_norm, forward.raw_keys, weights.key_norm_weights,
+                             detail::key_norm_options(weights));
+  }
+  if (!weights.k_equals_v) forward.values = detail::affine(to, weights.value, weights.value_bias);
+  forward.attention = detail::attend(weights, forward, options, terms...);
   forward.out = detail::affine(forward.attention.out, weights.output, weights.output_bias);
   return forward;
 }
@@ -147,97 +310,134 @@ StandardLayerForward<Scalar> layer_forward(const X& x, const Y& y,
 template <class X, class Y, class Scalar, class... Terms>
 SurfaceLayerForward<Scalar> layer_forward(const X& x, const Y& y,
                                           const SurfaceWeights<Scalar>& weights,
-                                          const Terms&... terms) {
+                                          const LayerOptions& options = {}, const Terms&... terms) {
   detail::check_inputs_at_compile_time<X, Y, Matrix<Scalar>>();
   constexpr detail::Require require("layer_forward");
   const Index width = detail::surface_width(weights, require);
   detail::require_layer_inputs(require, x, y, weights.metric.rows(), width);
+  const auto& from = detail::stored(x);
+  const auto& to = detail::stored(y);
   SurfaceLayerForward<Scalar> forward;
-  forward.queries = detail::affine(x, weights.metric, weights.metric_bias);
+  forward.queries = detail::affine(from, weights.metric, weights.metric_bias);
   forward.projection =
-      project_forward(forward.queries, y, detail::layer_options(weights), terms...);
+      project_forward(forward.queries, to, detail::layer_options(weights, options), terms...);
   forward.out = detail::affine(forward.projection.out, weights.readout, weights.output_bias);
   detail::add_readout_bias(weights.readout_bias, forward.projection.log_sum_exp, forward.out);
   return forward;
 }
 
-/// Gradients of a loss with respect to x, y and every weight of a standard layer, given grad_out =
-/// ∂loss/∂out, Tx × Dout, and what layer_forward returned for the same inputs, weights and terms.
-/// Rows of x and y must be finite, masked or not: the weights' gradients are products over all
-/// rows.
+namespace detail {
+
+/// Of a standard layer; the terms know where the gradients of their parameters go.
 template <class X, class Y, class Scalar, class... Terms>
-LayerGradients<StandardWeights<Scalar>> layer_backward(
-    const X& x, const Y& y, const StandardWeights<Scalar>& weights,
-    const StandardLayerForward<Scalar>& forward,
-    const std::type_identity_t<Matrix<Scalar>>& grad_out, const Terms&... terms) {
-  constexpr detail::Require require("layer_backward");
-  detail::layer_shape(weights, require);
-  detail::require_layer_inputs(require, x, y, weights.query.rows(), weights.key.rows());
-  require.shape("grad_out", detail::extent(grad_out), {x.rows(), weights.output.cols()},
+void run_layer_backward(const X& x, const Y& y, const StandardWeights<Scalar>& weights,
+                        const StandardLayerForward<Scalar>& forward, const Matrix<Scalar>& grad_out,
+                        const LayerOptions& options,
+                        LayerGradients<StandardWeights<Scalar>>& gradients, const Terms&... terms) {
+  constexpr Require require("layer_backward");
+  layer_shape(weights, require);
+  require_layer_inputs(require, x, y, weights.query.rows(), weights.key.rows());
+  require.shape("grad_out", extent(grad_out), {x.rows(), weights.output.cols()},
                 "the shape of the layer's output");
-  detail::require_forward(require, "forward.attention", forward.attention,
-                          {x.rows(), weights.output.rows()}, {x.rows(), weights.heads.query});
-  detail::require_projected(require, "forward.queries", forward.queries, x.rows(),
-                            weights.query.cols());
-  detail::require_projected(require, "forward.keys", forward.keys, y.rows(), weights.key.cols());
-  detail::require_projected(require, "forward.values", forward.values, y.rows(),
-                            weights.value.cols());
+  require_standard_forward(require, weights, forward, x.rows(), y.rows());
+  const auto& from = stored(x);
+  const auto& to = stored(y);
+  StandardWeights<Scalar>& of_weights = gradients.weights;
+  of_weights = without_numbers(weights);
   // out = attention·Wo + bo
-  const Matrix<Scalar> grad_attention = grad_out * weights.output.transpose();
-  const auto inner =
-      attention_backward(forward.queries, forward.keys, forward.values, forward.attention,
-                         grad_attention, detail::layer_options(weights), terms...);
-  LayerGradients<StandardWeights<Scalar>> gradients;
+  of_weights.output = product(forward.attention.out.transpose(), grad_out);
+  of_weights.output_bias = bias_gradient(grad_out, weights.output_bias);
+  auto inner = attend_backward(weights, forward, product(grad_out, weights.output.transpose()),
+                               options, terms...);
+  pull_back_norms(weights, forward, inner, of_weights);
+  // Q = X·Wq + bq
+  of_weights.query = product(from.transpose(), inner.queries);
+  of_weights.query_bias = bias_gradient(inner.queries, weights.query_bias);
+  gradients.x = product(inner.queries, weights.query.transpose());
+  // K = Y·Wk + bk,  V = Y·Wv + bv
+  of_weights.key = product(to.transpose(), inner.keys);
+  of_weights.key_bias = bias_gradient(inner.keys, weights.key_bias);
+  gradients.y = product(inner.keys, weights.key.transpose());
+  if (weights.k_equals_v) return;
+  of_weights.value = product(to.transpose(), inner.values);
+  of_weights.value_bias = bias_gradient(inner.values, weights.value_bias);
+  gradients.y.noalias() += inner.values * weights.value.transpose();
+}
+
+/// Of a layer in the surface form.
+template <class X, class Y, class Scalar, class... Terms>
+void run_layer_backward(const X& x, const Y& y, const SurfaceWeights<Scalar>& weights,
+                        const SurfaceLayerForward<Scalar>& forward, const Matrix<Scalar>& grad_out,
+                        const LayerOptions& options,
+                        LayerGradients<SurfaceWeights<Scalar>>& gradients, const Terms&... terms) {
+  constexpr Require require("layer_backward");
+  const Index width = surface_width(weights, require);
+  require_layer_inputs(require, x, y, weights.metric.rows(), width);
+  require.shape("grad_out", extent(grad_out), {x.rows(), weights.readout.cols()},
+                "the shape of the layer's output");
+  require_forward(require, "forward.projection", forward.projection,
+                  {x.rows(), weights.readout.rows()}, {x.rows(), weights.heads});
+  require_projected(require, "forward.queries", forward.queries, x.rows(), weights.metric.cols());
+  const auto& from = stored(x);
+  const auto& to = stored(y);
   gradients.weights.heads = weights.heads;
   gradients.weights.scale = weights.scale;
-  gradients.weights.output = forward.attention.out.transpose() * grad_out;
-  gradients.weights.output_bias = detail::bias_gradient(grad_out, weights.output_bias);
-  // Q = X·Wq + bq
-  gradients.weights.query = x.transpose() * inner.queries;
-  gradients.weights.query_bias = detail::bias_gradient(inner.queries, weights.query_bias);
-  gradients.x = inner.queries * weights.query.transpose();
-  // K = Y·Wk + bk,  V = Y·Wv + bv
-  gradients.weights.key = y.transpose() * inner.keys;
-  gradients.weights.key_bias = detail::bias_gradient(inner.keys, weights.key_bias);
-  gradients.weights.value = y.transpose() * inner.values;
-  gradients.weights.value_bias = detail::bias_gradient(inner.values, weights.value_bias);
-  gradients.y = inner.keys * weights.key.transpose() + inner.values * weights.value.transpose();
-  return gradients;
+  // out = P·B + r + bo
+  gradients.weights.readout = product(forward.projection.out.transpose(), grad_out);
+  gradients.weights.output_bias = bias_gradient(grad_out, weights.output_bias);
+  gradients.weights.readout_bias =
+      readout_bias_gradient(weights.readout_bias, forward.projection.log_sum_exp, grad_out);
+  const SurfaceOptions inner = layer_options(weights, options);
+  Matrix<Scalar> grad_queries(forward.queries.rows(), forward.queries.cols());
+  Matrix<Scalar> grad_log_prior(y.rows(), 1);
+  Scalar grad_bandwidth;
+  gradients.y.resize(y.rows(), y.cols());
+  project_backward_into(
+      forward.queries, to, forward.projection.out, forward.projection.log_sum_exp,
+      product(grad_out, weights.readout.transpose()), grad_queries, gradients.y, grad_bandwidth,
+      grad_log_prior,
+      Workspace(workspace_size(Pass::backward, forward.queries, to, inner, terms...)), inner,
+      terms...);
+  // Q = X·A + g
+  gradients.weights.metric = product(from.transpose(), grad_queries);
+  gradients.weights.metric_bias = bias_gradient(grad_queries, weights.metric_bias);
+  gradients.x = product(grad_queries, weights.metric.transpose());
+}
+
+}  // namespace detail
+
+/// Gradients of a loss with respect to x, y and every weight of a standard layer, given grad_out =
+/// ∂loss/∂out, Tx × Dout, and what layer_forward returned for the same inputs, weights, options and
+/// terms. Rows of x and y must be finite, masked or not: the weights' gradients are products over
+/// all rows. Gradients of terms with parameters as for attention_backward.
+template <class X, class Y, class Scalar, class... Terms>
+auto layer_backward(const X& x, const Y& y, const StandardWeights<Scalar>& weights,
+                    const StandardLayerForward<Scalar>& forward,
+                    const std::type_identity_t<Matrix<Scalar>>& grad_out,
+                    const LayerOptions& options = {}, const Terms&... terms) {
+  return detail::with_term_gradients(
+      LayerGradients<StandardWeights<Scalar>>{},
+      [&](auto& gradients, const auto&... directed) {
+        detail::run_layer_backward(x, y, weights, forward, grad_out, options, gradients,
+                                   directed...);
+      },
+      terms...);
 }
 
 /// The same for a layer in the surface form: with U = dS·Y, dA = β·XᵀU, dX = β·U·Aᵀ, dY = Wᵀ(dO·Bᵀ)
 /// + β·dSᵀ(X·A + g), dB = P(Q)ᵀ·dO.
 template <class X, class Y, class Scalar, class... Terms>
-LayerGradients<SurfaceWeights<Scalar>> layer_backward(
-    const X& x, const Y& y, const SurfaceWeights<Scalar>& weights,
-    const SurfaceLayerForward<Scalar>& forward,
-    const std::type_identity_t<Matrix<Scalar>>& grad_out, const Terms&... terms) {
-  constexpr detail::Require require("layer_backward");
-  const Index width = detail::surface_width(weights, require);
-  detail::require_layer_inputs(require, x, y, weights.metric.rows(), width);
-  require.shape("grad_out", detail::extent(grad_out), {x.rows(), weights.readout.cols()},
-                "the shape of the layer's output");
-  detail::require_forward(require, "forward.projection", forward.projection,
-                          {x.rows(), weights.readout.rows()}, {x.rows(), weights.heads});
-  detail::require_projected(require, "forward.queries", forward.queries, x.rows(),
-                            weights.metric.cols());
-  // out = P·B + r + bo
-  const Matrix<Scalar> grad_projection = grad_out * weights.readout.transpose();
-  auto inner = project_backward(forward.queries, y, forward.projection, grad_projection,
-                                detail::layer_options(weights), terms...);
-  LayerGradients<SurfaceWeights<Scalar>> gradients;
-  gradients.weights.heads = weights.heads;
-  gradients.weights.scale = weights.scale;
-  gradients.weights.readout = forward.projection.out.transpose() * grad_out;
-  gradients.weights.output_bias = detail::bias_gradient(grad_out, weights.output_bias);
-  gradients.weights.readout_bias =
-      detail::readout_bias_gradient(weights.readout_bias, forward.projection.log_sum_exp, grad_out);
-  // Q = X·A + g
-  gradients.weights.metric = x.transpose() * inner.queries;
-  gradients.weights.metric_bias = detail::bias_gradient(inner.queries, weights.metric_bias);
-  gradients.x = inner.queries * weights.metric.transpose();
-  gradients.y = std::move(inner.keys);
-  return gradients;
+auto layer_backward(const X& x, const Y& y, const SurfaceWeights<Scalar>& weights,
+                    const SurfaceLayerForward<Scalar>& forward,
+                    const std::type_identity_t<Matrix<Scalar>>& grad_out,
+                    const LayerOptions& options = {}, const Terms&... terms) {
+  return detail::with_term_gradients(
+      LayerGradients<SurfaceWeights<Scalar>>{},
+      [&](auto& gradients, const auto&... directed) {
+        detail::run_layer_backward(x, y, weights, forward, grad_out, options, gradients,
+                                   directed...);
+      },
+      terms...);
 }
 
 }  // namespace surfattn

@@ -577,4 +577,127 @@ Matrix<S> layer_forward(const Matrix<S>& x, const Matrix<S>& y, const LayerWeigh
   return detail::affine(attention.out, weights.output, weights.output_bias);
 }
 
+/// The norms of `norm` below. layer: Ba, Kiros and Hinton 2016; rms: Zhang and Sennrich 2019.
+enum class Norm { layer, rms, l2 };
+
+/// y = gain * (x - m) / sqrt(s + epsilon) + bias for each head's block of each row, where
+///   layer: m = mean x, s = mean (x - m)^2;   rms: m = 0, s = mean x^2;   l2: m = 0, s = sum x^2.
+///
+/// x: T x (H n); gain and bias: 1 x (H n), 1 x n (shared by all heads) or of size 0 for none.
+template <class S>
+Matrix<S> norm(Norm kind, const Matrix<S>& x, const RowVector<S>& gain, const RowVector<S>& bias,
+               std::type_identity_t<S> epsilon, Index heads = 1) {
+  using std::sqrt;
+  detail::require_columns("x", x, heads);
+  const Index n = x.cols() / heads;
+  Matrix<S> y = detail::zeros_like(x);
+  for (Index i = 0; i < x.rows(); ++i) {
+    for (Index h = 0; h < heads; ++h) {
+      S mean(0), squares(0);
+      for (Index c = 0; kind == Norm::layer && c < n; ++c) mean += x(i, h * n + c);
+      mean /= S(double(n));
+      for (Index c = 0; c < n; ++c) {
+        const S centred = x(i, h * n + c) - mean;
+        const S square = centred * centred;
+        squares += square;
+      }
+      if (kind != Norm::l2) squares /= S(double(n));
+      const S variance = squares + epsilon;
+      const S deviation = sqrt(variance);
+      for (Index c = h * n; c < (h + 1) * n; ++c) {
+        const S centred = x(i, c) - mean;
+        y(i, c) = centred / deviation;
+        if (gain.size() != 0) y(i, c) *= gain(gain.size() == x.cols() ? c : c - h * n);
+        if (bias.size() != 0) y(i, c) += bias(bias.size() == x.cols() ? c : c - h * n);
+      }
+    }
+  }
+  return y;
+}
+
+namespace detail {
+
+/// x = C^-1 b for a symmetric positive definite C, by Gaussian elimination, which needs no pivoting
+/// there.
+template <class S>
+Matrix<S> solved(Matrix<S> c, Matrix<S> b) {
+  const Index n = c.rows();
+  for (Index p = 0; p < n; ++p) {
+    for (Index r = p + 1; r < n; ++r) {
+      const S factor = c(r, p) / c(p, p);
+      c.row(r) -= factor * c.row(p);
+      b.row(r) -= factor * b.row(p);
+    }
+  }
+  for (Index p = n - 1; p >= 0; --p) {
+    for (Index r = p + 1; r < n; ++r) b.row(p) -= c(p, r) * b.row(r);
+    b.row(p) /= c(p, p);
+  }
+  return b;
+}
+
+/// sum_j w_j (a_j - mean_a)^T (b_j - mean_b) over the keys that query i may attend to.
+template <class S>
+Matrix<S> weighted_covariance(const Matrix<S>& weights, Index i, const Matrix<S>& a,
+                              const Matrix<S>& mean_a, const Matrix<S>& b, const Matrix<S>& mean_b,
+                              const Mask& mask) {
+  Matrix<S> sum = Matrix<S>::Constant(a.cols(), b.cols(), S(0));
+  for (const Index j : attended_keys(mask, i, a.rows())) {
+    const Matrix<S> from_a = a.row(j) - mean_a.row(i);
+    const Matrix<S> from_b = b.row(j) - mean_b.row(i);
+    for (Index r = 0; r < a.cols(); ++r) {
+      const S weighted = weights(i, j) * from_a(0, r);
+      sum.row(r) += weighted * from_b;
+    }
+  }
+  return sum;
+}
+
+}  // namespace detail
+
+/// Local-linear estimate: with the weights W of project_forward, mu_i = sum_j W_ij k_j,
+/// C_i = sum_j W_ij (k_j - mu_i)^T (k_j - mu_i) + lambda I, z_i = (q_i - mu_i) C_i^-1,
+///   f_i = q_i - lambda z_i                                                  (v is 0 x 0: V = K)
+///   f_i = vm_i + z_i S_i,  vm_i = sum_j W_ij v_j,  S_i = sum_j W_ij (k_j - mu_i)^T (v_j - vm_i).
+///
+/// q, k, log_prior, heads and mask as for project_forward; v: Tk x (Hkv dv) or 0 x 0. A fully masked
+/// row gives 0. Source: Cleveland 1979; Fan 1993.
+template <class S>
+Matrix<S> local_linear(const Matrix<S>& q, const Matrix<S>& k, const Matrix<S>& v,
+                       std::type_identity_t<S> bandwidth, std::type_identity_t<S> ridge,
+                       const Matrix<S>& log_prior = {}, Heads heads = {}, const Mask& mask = {}) {
+  const Forward<S> projection = project_forward(q, k, bandwidth, log_prior, heads, mask);
+  const bool values_are_keys = v.rows() == 0 && v.cols() == 0 && k.rows() > 0;
+  const Matrix<S>& values = values_are_keys ? k : v;
+  const Index group = heads.query / heads.key_value, d = q.cols() / heads.query;
+  Matrix<S> result =
+      Matrix<S>::Constant(q.rows(), heads.query * (values.cols() / heads.key_value), S(0));
+  for (Index h = 0; h < heads.query; ++h) {
+    const Matrix<S> q_h = detail::head_of(q, h, heads.query);
+    const Matrix<S> k_h = detail::head_of(k, h / group, heads.key_value);
+    const Matrix<S> v_h = detail::head_of(values, h / group, heads.key_value);
+    const Matrix<S> mean = detail::head_of(projection.out, h, heads.query);
+    const Matrix<S>& weights = projection.weights[static_cast<std::size_t>(h)];
+    const Matrix<S> mean_value = detail::weighted_sum(weights, v_h, mask);
+    Matrix<S> f = detail::zeros_like(mean_value);
+    for (Index i = 0; i < q.rows(); ++i) {
+      if (detail::attended_keys(mask, i, k.rows()).empty()) continue;
+      Matrix<S> c = detail::weighted_covariance(weights, i, k_h, mean, k_h, mean, mask);
+      for (Index r = 0; r < d; ++r) c(r, r) += ridge;
+      const Matrix<S> offset = (q_h.row(i) - mean.row(i)).transpose();
+      const Matrix<S> z = detail::solved<S>(c, offset).transpose();
+      if (values_are_keys) {
+        f.row(i) = q_h.row(i) - ridge * z;
+        continue;
+      }
+      const Matrix<S> cross =
+          detail::weighted_covariance(weights, i, k_h, mean, v_h, mean_value, mask);
+      f.row(i) = mean_value.row(i);
+      for (Index r = 0; r < d; ++r) f.row(i) += z(0, r) * cross.row(r);
+    }
+    detail::add_to_head(result, f, h);
+  }
+  return result;
+}
+
 }  // namespace surfattn::reference

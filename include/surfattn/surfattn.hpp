@@ -2,11 +2,17 @@
 
 #pragma once
 
+#include <surfattn/adaptive.hpp>
 #include <surfattn/attention.hpp>
+#include <surfattn/blocks.hpp>
+#include <surfattn/cost.hpp>
 #include <surfattn/error.hpp>
 #include <surfattn/executor.hpp>
 #include <surfattn/inspect.hpp>
+#include <surfattn/iterated.hpp>
 #include <surfattn/layers.hpp>
+#include <surfattn/local_linear.hpp>
+#include <surfattn/norms.hpp>
 #include <surfattn/options.hpp>
 #include <surfattn/partials.hpp>
 #include <surfattn/rotary.hpp>

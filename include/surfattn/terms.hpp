@@ -7,6 +7,7 @@
 #include <surfattn/terms/decay.hpp>
 #include <surfattn/terms/distance_bias.hpp>
 #include <surfattn/terms/dropout.hpp>
+#include <surfattn/terms/kernels.hpp>
 #include <surfattn/terms/mask_function.hpp>
 #include <surfattn/terms/masks.hpp>
 #include <surfattn/terms/modifiers.hpp>

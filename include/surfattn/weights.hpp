@@ -7,6 +7,7 @@
 #include <string>
 #include <surfattn/detail/adapter.hpp>
 #include <surfattn/detail/require.hpp>
+#include <surfattn/norms.hpp>
 #include <surfattn/types.hpp>
 
 namespace surfattn {
@@ -16,12 +17,15 @@ namespace surfattn {
 ///
 ///     Q = X·Wq + bq,   K = Y·Wk + bk,   V = Y·Wv + bv,   layer(X, Y) = attention(Q, K, V)·Wo + bo.
 ///
-/// A bias of size 0 is absent.
+/// A bias of size 0 is absent. Queries and keys may be normalised after their projection, head by
+/// head, and the values may be the projected keys as they were before that norm (k_equals_v):
+///
+///     attention(norm(Q), norm(K), K)·Wo + bo.
 template <class Scalar>
 struct StandardWeights {
   Matrix<Scalar> query;   ///< Wq, D × (Hq·d)
   Matrix<Scalar> key;     ///< Wk, Dy × (Hkv·d)
-  Matrix<Scalar> value;   ///< Wv, Dy × (Hkv·dv)
+  Matrix<Scalar> value;   ///< Wv, Dy × (Hkv·dv); 0×0 with k_equals_v
   Matrix<Scalar> output;  ///< Wo, (Hq·dv) × Dout
 
   RowVector<Scalar> query_bias = {};   ///< bq, Hq·d
@@ -31,6 +35,12 @@ struct StandardWeights {
 
   Heads heads = {};
   std::optional<double> scale = {};  ///< β; 1/√d when not given
+
+  Norm query_norm = Norm::none, key_norm = Norm::none;
+  NormWeights<Scalar> query_norm_weights = {}, key_norm_weights = {};
+  std::optional<double> norm_epsilon = {};  ///< as in NormOptions
+
+  bool k_equals_v = false;  ///< V = K as projected, before its norm; no Wv and no bv
 };
 
 /// The two weight matrices of an attention layer in the surface form, where the inputs Y themselves
@@ -65,16 +75,24 @@ inline void require_bias(const Require& require, const char* name, Index size, I
 /// The sizes of a standard layer: a problem with no tokens yet.
 template <class Scalar>
 Shape layer_shape(const StandardWeights<Scalar>& weights, const Require& require) {
+  const Matrix<Scalar>& value = weights.k_equals_v ? weights.key : weights.value;
+  if (weights.k_equals_v) {
+    require.shape("weights.value", extent(weights.value), {0, 0}, "with k_equals_v there is none");
+    require.shape("weights.value_bias", {1, weights.value_bias.size()}, {1, 0},
+                  "with k_equals_v there is none");
+    require.positive("weights.scale", weights.scale);
+  }
   const Shape shape = require.shapes({0, weights.query.cols()}, {0, weights.key.cols()},
-                                     {0, weights.value.cols()}, weights.heads, {});
-  require.shape("weights.value", extent(weights.value), {weights.key.rows(), weights.value.cols()},
+                                     {0, value.cols()}, weights.heads, {});
+  require.shape("weights.value", extent(value), {weights.key.rows(), value.cols()},
                 "as many rows as weights.key, the width of y");
   require.shape("weights.output", extent(weights.output),
                 {shape.out_extent().cols, weights.output.cols()},
                 "one row for each column of the attention's output");
   require_bias(require, "weights.query_bias", weights.query_bias.size(), weights.query.cols());
   require_bias(require, "weights.key_bias", weights.key_bias.size(), weights.key.cols());
-  require_bias(require, "weights.value_bias", weights.value_bias.size(), weights.value.cols());
+  require_bias(require, "weights.value_bias", weights.value_bias.size(),
+               weights.k_equals_v ? 0 : weights.value.cols());
   require_bias(require, "weights.output_bias", weights.output_bias.size(), weights.output.cols());
   require.finite("weights.scale", weights.scale);
   return shape;
@@ -109,24 +127,27 @@ Index surface_width(const SurfaceWeights<Scalar>& weights, const Require& requir
 ///     A_h = Wq_h·Wk_gᵀ,   g_h = bq_h·Wk_gᵀ,   B_h = Wv_g·Wo_h,   r_h = bv_g·Wo_h.
 ///
 /// bk adds the same number to all scores of a query and cancels; bv adds r_h because weights sum to
-/// 1, but for a query that sees no key. Time and memory O(H·D·Dy·d). Every head's surface is Dy
+/// 1, but for a query that sees no key. With k_equals_v, Wv = Wk and bv = bk. Time and memory O(H·D·Dy·d). Every head's surface is Dy
 /// wide where its keys were d wide, so merging pays where d is not much smaller than Dy, and
 /// wherever the cache counts. Errors: weights whose shapes do not fit together; a scale that is not
-/// positive, which no bandwidth has. Source: Sanger 2026, arXiv:2602.02521.
+/// positive, which no bandwidth has; a norm of queries or keys. Source: Sanger 2026, arXiv:2602.02521.
 template <class Scalar>
 SurfaceWeights<Scalar> merge(const StandardWeights<Scalar>& weights) {
   constexpr detail::Require require("merge");
   const detail::Shape shape = detail::layer_shape(weights, require);
   require.positive("weights.scale", weights.scale);
+  if (weights.query_norm != Norm::none || weights.key_norm != Norm::none)
+    require.fail("weights with a norm between projection and attention do not merge");
   const Index width = weights.key.rows(), d = shape.head_dim, dv = shape.value_dim;
+  const Matrix<Scalar>& value = weights.k_equals_v ? weights.key : weights.value;
+  const RowVector<Scalar>& value_bias = weights.k_equals_v ? weights.key_bias : weights.value_bias;
   SurfaceWeights<Scalar> merged;
   merged.heads = shape.query_heads;
   merged.scale = detail::scale_or_default<double>(weights.scale, d);
   merged.metric.resize(weights.query.rows(), merged.heads * width);
   merged.readout.resize(merged.heads * width, weights.output.cols());
   if (weights.query_bias.size() > 0) merged.metric_bias.resize(merged.heads * width);
-  if (weights.value_bias.size() > 0)
-    merged.readout_bias.resize(merged.heads, weights.output.cols());
+  if (value_bias.size() > 0) merged.readout_bias.resize(merged.heads, weights.output.cols());
   merged.output_bias = weights.output_bias;
   for (Index head = 0; head < merged.heads; ++head) {
     const Index shared = head / shape.group();
@@ -135,14 +156,13 @@ SurfaceWeights<Scalar> merge(const StandardWeights<Scalar>& weights) {
     merged.metric.middleCols(head * width, width).noalias() =
         weights.query.middleCols(head * d, d) * key;
     merged.readout.middleRows(head * width, width).noalias() =
-        weights.value.middleCols(shared * dv, dv) * output;
+        value.middleCols(shared * dv, dv) * output;
     if (merged.metric_bias.size() > 0) {
       merged.metric_bias.segment(head * width, width).noalias() =
           weights.query_bias.segment(head * d, d) * key;
     }
     if (merged.readout_bias.size() > 0) {
-      merged.readout_bias.row(head).noalias() =
-          weights.value_bias.segment(shared * dv, dv) * output;
+      merged.readout_bias.row(head).noalias() = value_bias.segment(shared * dv, dv) * output;
     }
   }
   return merged;

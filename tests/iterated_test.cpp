@@ -1,0 +1,173 @@
+// Iterated projection: against the definition, gradients by central differences, contraction, masks, storage and errors.
+// clang-format off
+#include "support/no_allocation.hpp"  // before all that includes Eigen
+// clang-format on
+
+#include <surfattn/gradcheck.hpp>
+#include <surfattn/iterated.hpp>
+
+#include "support/problem.hpp"
+#include "support/surfaces.hpp"
+
+using namespace surfattn;
+using namespace surfattn::test;
+
+TEST_CASE("project_iterated is the projection repeated") {
+  std::mt19937_64 random = seeded_random();
+  const Problem<double> p({9, 30, 3, 3, 4, 2}, random);
+  const reference::Heads heads{4, 2};
+  const auto mask = dense_mask(MaskKind::dense, 9, 30);
+  const SurfaceOptions options{.heads = p.heads, .bandwidth = 1.1, .prior = p.log_prior};
+  for (const double step_size : {0.3, 1.0, 1.4}) {
+    Matrix<double> expected = p.queries;
+    for (int steps = 0; steps < 5; ++steps) {
+      CAPTURE(seed(), step_size, steps);
+      const Iteration iteration{.steps = steps, .step_size = step_size};
+      const auto forward =
+          project_iterated_forward(p.queries, p.keys, iteration, options, BoolMask{mask});
+      CHECK((forward.out - expected).cwiseAbs().maxCoeff() <= 1e-13);
+      CHECK(project_iterated(p.queries, p.keys, iteration, options, BoolMask{mask}) == forward.out);
+      const Matrix<double> projected =
+          reference::project_forward<double>(expected, p.keys, 1.1, p.log_prior, heads, mask).out;
+      expected += step_size * (projected - expected);
+    }
+  }
+}
+
+TEST_CASE("gradients of project_iterated agree with central differences to 1e-8") {
+  std::mt19937_64 random = seeded_random();
+  for (const Sizes& s : {Sizes{3, 7, 2, 2}, Sizes{5, 6, 3, 3, 4, 2}, Sizes{2, 70, 2, 2}}) {
+    for (int prior = 0; prior < 4; ++prior) {
+      CAPTURE(seed(), s.queries, s.keys, prior);
+      const Problem<double> p(s, random);
+      const auto shared_prior = p.log_prior.leftCols(1);
+      const KeyPrior priors[] = {KeyPrior::uniform, KeyPrior::sdpa, p.log_prior, shared_prior};
+      const SurfaceOptions options{.heads = p.heads, .bandwidth = 1.3, .prior = priors[prior]};
+      const Iteration iteration{.steps = 3, .step_size = 0.7};
+      const Causal causal{Align::bottom_right};
+      const auto loss = [&](const Matrix<double>& q, const Matrix<double>& k, const Iteration& how,
+                            const SurfaceOptions& o) {
+        return project_iterated(q, k, how, o, causal).cwiseProduct(p.grad_projection).sum();
+      };
+      const auto forward = project_iterated_forward(p.queries, p.keys, iteration, options, causal);
+      const auto g = project_iterated_backward(p.queries, p.keys, iteration, forward,
+                                               p.grad_projection, options, causal);
+      const GradientCheckOptions<double> tolerance{.tolerance = 1e-8};
+      using M = Matrix<double>;
+      CHECK(check_gradient([&](const M& x) { return loss(x, p.keys, iteration, options); },
+                           p.queries, g.queries, tolerance));
+      CHECK(check_gradient([&](const M& x) { return loss(p.queries, x, iteration, options); },
+                           p.keys, g.keys, tolerance));
+      CHECK(check_gradient(
+          [&](double x) { return loss(p.queries, p.keys, {.steps = 3, .step_size = x}, options); },
+          0.7, g.step_size, tolerance));
+      const auto with = [&](const auto& change) {
+        SurfaceOptions moved = options;
+        change(moved);
+        return loss(p.queries, p.keys, iteration, moved);
+      };
+      CHECK(check_gradient([&](double x) { return with([&](auto& o) { o.bandwidth = x; }); }, 1.3,
+                           g.bandwidth, tolerance));
+      if (prior < 2) continue;
+      const M weights = prior == 3 ? M(shared_prior) : p.log_prior;
+      CHECK(check_gradient([&](const M& x) { return with([&](auto& o) { o.prior = x; }); }, weights,
+                           g.log_prior, tolerance));
+    }
+  }
+}
+
+TEST_CASE("project_iterated: steps that shrink, and those that do not") {
+  // two keys: between them the projection expands along their line, q → tanh(q/σ²), and ends at a fixed point
+  Matrix<double> k(2, 1), q(1, 1);
+  k << -1, 1;
+  q << 0.5;
+  const SurfaceOptions narrow{.bandwidth = 0.5};
+  const auto settled = project_iterated_forward(q, k, {.steps = 30}, narrow);
+  double fixed = 1;
+  for (int i = 0; i < 100; ++i) fixed = std::tanh(fixed / 0.25);
+  CHECK(settled.out(0, 0) == Approx(fixed));
+  CHECK(settled.last_step(0, 0) <= 1e-15);
+  q << 1e-4;
+  const auto leaving = project_iterated_forward(q, k, {.steps = 2}, narrow);
+  CHECK(leaving.contraction(0, 0) == Approx(4).epsilon(1e-4));  // the slope 1/σ² of tanh at 0
+  const SurfaceOptions wide{.bandwidth = 2};
+  const auto resting = project_iterated_forward(q, k, {.steps = 6}, wide);
+  CHECK(resting.contraction(0, 0) == Approx(0.25).epsilon(1e-4));
+  CHECK(resting.last_step(0, 0) == Approx(1e-4 * 0.75 * std::pow(0.25, 5)).epsilon(1e-4));
+  CHECK(project_iterated_forward(q, k, {.steps = 1}, wide).contraction(0, 0) == 0);
+  CHECK(project_iterated_forward(q, k, {.steps = 0}, wide).last_step(0, 0) == 0);
+}
+
+TEST_CASE("project_iterated climbs the density of the keys") {
+  std::mt19937_64 random = seeded_random();
+  const TestSurface surface = arc();
+  const NoisyPoints keys = noisy_points(surface, 400, false, random),
+                    queries = noisy_points(surface, 50, false, random);
+  const auto forward = project_iterated_forward(queries.points, keys.points,
+                                                {.steps = 8, .step_size = 0.8}, {.bandwidth = 0.1});
+  for (std::size_t t = 1; t < 8; ++t) {
+    CHECK((forward.projections[t].log_sum_exp.array() >=
+           forward.projections[t - 1].log_sum_exp.array() - 1e-12)
+              .all());
+  }
+}
+
+TEST_CASE("project_iterated: a query that sees no key gets 0 and gives no gradient") {
+  std::mt19937_64 random = seeded_random();
+  Matrix<double> q = random_matrix<double>(4, 3, random);
+  const Matrix<double> k = random_matrix<double>(3, 3, random),
+                       g = random_matrix<double>(4, 3, random);
+  q.row(0).setConstant(std::numeric_limits<double>::quiet_NaN());
+  const Iteration iteration{.steps = 3, .step_size = 0.5};
+  const Causal causal{Align::bottom_right};
+  const auto forward = project_iterated_forward(q, k, iteration, {}, causal);
+  CHECK(forward.out.row(0).isZero(0));
+  CHECK(forward.out.allFinite());
+  CHECK(forward.contraction(0, 0) == 0);
+  const auto gradients = project_iterated_backward(q, k, iteration, forward, g, {}, causal);
+  CHECK(gradients.queries.row(0).isZero(0));
+  CHECK(gradients.queries.allFinite());
+  CHECK(gradients.keys.allFinite());
+  CHECK(std::isfinite(gradients.step_size));
+}
+
+TEST_CASE("project_iterated_into allocates nothing and may write over the queries") {
+  std::mt19937_64 random = seeded_random();
+  const Matrix<float> q = random_matrix<float>(40, 6, random),
+                      k = random_matrix<float>(70, 6, random);
+  const SurfaceOptions options{.heads = {2}, .bandwidth = 1};
+  const Iteration iteration{.steps = 4, .step_size = 0.9};
+  const Matrix<float> expected = project_iterated(q, k, iteration, options);
+  Eigen::MatrixXf out(40, 6), points = q;
+  const Workspace workspace(iterated_workspace_size(q, k, options));
+  std::size_t count = 0;
+  {
+    const NoAllocation watch;
+    project_iterated_into(q, k, out, workspace, iteration, options);
+    project_iterated_into(points, k, points, workspace, iteration, options);
+    count = watch.count();
+  }
+  CHECK(count == 0);
+  CHECK(out == expected);
+  CHECK(points == expected);
+}
+
+TEST_CASE("project_iterated names what is wrong before it writes") {
+  const Matrix<double> q = Matrix<double>::Ones(3, 4), k = Matrix<double>::Ones(5, 4);
+  CHECK_THROWS_WITH(project_iterated(q, k, {.steps = -1}),
+                    contains_text("surfattn::project_iterated: steps must not be negative"));
+  CHECK_THROWS_WITH(project_iterated(q, k, {.steps = 1, .step_size = 0}),
+                    contains_text("step_size must be positive"));
+  Matrix<double> out = Matrix<double>::Constant(3, 4, -7), narrow(3, 3);
+  CHECK_THROWS_WITH(project_iterated_into(q, k, narrow, Workspace(1 << 20), {.steps = 1}),
+                    contains_text("out is 3×3 but must be 3×4"));
+  CHECK_THROWS_WITH(project_iterated_into(q, k, out, Workspace(64), {.steps = 1}),
+                    contains_text("workspace has 64 bytes"));
+  CHECK_THROWS_WITH(
+      project_iterated_into(q, k, out, Workspace(1 << 22), {.steps = 1}, {}, KeyLengths{9}),
+      contains_text("KeyLengths"));
+  CHECK((out.array() == -7).all());
+  const auto forward = project_iterated_forward(q, k, {.steps = 2});
+  CHECK_THROWS_WITH(project_iterated_backward(q, k, {.steps = 3}, forward, q),
+                    contains_text("forward has 2 steps but must have 3"));
+}
