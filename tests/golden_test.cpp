@@ -556,7 +556,7 @@ surfattn::Stage stage_of(ScoresMode mode) {
 
 template <class Scalar>
 Matrix<Scalar> inspected_scores(const Call<Scalar>& call, ScoresMode mode) {
-  return with_terms(call.masking, [&](auto... terms) {
+  return with_terms(call, [&](auto... terms) {
     return surfattn::attention_scores(call.queries, call.keys, {.stage = stage_of(mode)},
                                       call.options, terms...);
   });

@@ -196,9 +196,9 @@ void finish_local_gradients(const LocalProblem<Scalar>& problem, MatrixView<cons
   for (Index s = 0; s < shape.sequences.count(); ++s) {
     const auto one = problem.operands.of_sequence(s);
     for (Index head = 0; head < shape.key_value_heads; ++head) {
-      grad_scale +=
-          scale_gradient<Scalar>(one, head, query_rows(gradients.of_inputs.queries, one.shape),
-                                 key_rows(gradients.of_inputs.key_bias, one.shape), nullptr);
+      grad_scale += scale_gradient<Scalar>(
+          one, head, query_rows(gradients.of_inputs.queries, one.shape),
+          key_rows(gradients.of_inputs.key_bias, one.shape), RawRowSums<Scalar>{});
     }
   }
   const Accumulator scale = problem.operands.scale;
