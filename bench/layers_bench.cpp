@@ -10,7 +10,7 @@
 #include <surfattn/surfattn.hpp>
 #include <vector>
 
-#include "support/peak.hpp"
+#include "support/timing.hpp"
 
 namespace {
 
@@ -45,28 +45,17 @@ struct Timing {
   double first, second, ratio;
 };
 
-double median(std::vector<double> values) {
-  std::nth_element(values.begin(), values.begin() + std::ptrdiff_t(values.size() / 2),
-                   values.end());
-  return values[values.size() / 2];
-}
-
 Timing interleave(const std::function<void()>& first, const std::function<void()>& second,
                   int runs) {
-  const auto time = [](const std::function<void()>& run) {
-    const auto start = std::chrono::steady_clock::now();
-    run();
-    return bench::seconds_since(start);
-  };
   std::vector<double> a, b, ratios;
   for (int run = 0; run < runs + 2; ++run) {
-    const double of_first = time(first), of_second = time(second);
+    const double of_first = bench::seconds_of(first), of_second = bench::seconds_of(second);
     if (run < 2) continue;  // the first ones fill the caches and the allocator
     a.push_back(of_first);
     b.push_back(of_second);
     ratios.push_back(of_first / of_second);
   }
-  return {median(a), median(b), median(ratios)};
+  return {bench::Quartiles(a).median, bench::Quartiles(b).median, bench::Quartiles(ratios).median};
 }
 
 bool run_case(const Case& c, int runs) {
