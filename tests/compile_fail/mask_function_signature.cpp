@@ -1,4 +1,4 @@
-// expect: surfattn: the function of a MaskFunction must take (query, key) or (head, query, key)
+// expect: surfattn: the function of a MaskFunction must take
 #include <surfattn/surfattn.hpp>
 
 int main() {

@@ -77,11 +77,9 @@ template <class Scalar, class Source>
 void add_scaled_source(const Source* source, Index stride, Scalar factor, Scalar* row,
                        Index count) {
   Index j = 0;
-  if constexpr (std::is_same_v<Scalar, Source>) {
-    const auto multiplier = broadcast(factor);
-    for (; stride == 1 && j + lanes<Scalar> <= count; j += lanes<Scalar>)
-      store(row + j, multiply_add(load_unaligned(source + j), multiplier, load(row + j)));
-  }
+  const auto multiplier = broadcast(factor);
+  for (; stride == 1 && j + lanes<Scalar> <= count; j += lanes<Scalar>)
+    store(row + j, multiply_add(load_as<Scalar>(source + j), multiplier, load(row + j)));
   for (; j < count; ++j) row[j] += factor * static_cast<Scalar>(source[j * stride]);
 }
 
@@ -89,11 +87,9 @@ void add_scaled_source(const Source* source, Index stride, Scalar factor, Scalar
 template <Store mode, class Scalar, class Target>
 void store_row(const Scalar* row, Target* target, Index stride, Index count) {
   Index j = 0;
-  if constexpr (std::is_same_v<Scalar, Target>) {
-    for (; stride == 1 && j + lanes<Scalar> <= count; j += lanes<Scalar>) {
-      const auto x = load(row + j);
-      store_unaligned(target + j, mode == Store::set ? x : add(load_unaligned(target + j), x));
-    }
+  for (; stride == 1 && j + lanes<Scalar> <= count; j += lanes<Scalar>) {
+    const auto x = load(row + j);
+    store_as<Scalar>(target + j, mode == Store::set ? x : add(load_as<Scalar>(target + j), x));
   }
   for (; j < count; ++j) {
     Target& entry = target[j * stride];
