@@ -178,7 +178,7 @@ void norm_block_backward(const NormProblem<Scalar>& problem, Index head, const X
   const auto normalised = (x - mean) * factor;
   if (sums.gain.cols > 0) sum_of(sums.gain, *problem.gain) += grad_out * normalised;
   if (sums.bias.cols > 0) sum_of(sums.bias, *problem.bias) += grad_out;
-  const auto pull_back = [&, mean = mean, factor = factor](const auto& scaled) {
+  const auto pull_back = [&, factor = factor](const auto& scaled) {
     const Scalar count = static_cast<Scalar>(x.size());
     const Scalar along = (scaled * normalised).sum() / (kind == Norm::l2 ? Scalar(1) : count);
     const Scalar shift = kind == Norm::layer ? Scalar(scaled.sum() / count) : Scalar(0);
