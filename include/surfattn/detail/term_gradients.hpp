@@ -142,14 +142,14 @@ class TermTask {
   void end_run(Index head, Index first_query, Index queries) const {
     const Index first = head * shape_.queries + first_query;
     if constexpr (Terms::is_trainable)
-      add(totals_.sums_rows, buffers_.row_sums, totals_.rows + first, queries);
+      add(totals_.sums_rows, buffers_.row_sums, totals_.rows, first, queries);
     if constexpr (Terms::needs_whole_scores)
-      add(totals_.sums_raw_rows, buffers_.raw_row_sums, totals_.raw_rows + first, queries);
+      add(totals_.sums_raw_rows, buffers_.raw_row_sums, totals_.raw_rows, first, queries);
   }
 
  private:
-  static void add(bool wanted, const Accumulator* from, Accumulator* to, Index count) {
-    for (Index i = 0; wanted && i < count; ++i) to[i] += from[i];
+  static void add(bool wanted, const Accumulator* from, Accumulator* to, Index first, Index count) {
+    for (Index i = 0; wanted && i < count; ++i) to[first + i] += from[i];
   }
 
   static void sum_rows(bool wanted, const Tile& tile, simd::Tile<Accumulator> grad_scores,
