@@ -52,11 +52,21 @@ std::vector<Scalar> grid(Scalar first, Scalar last, int count) {
   return x;
 }
 
+/// Whether the target fuses products and sums: (1 + e)(1 − e) − 1 is −e² then, and 0 otherwise.
+bool fuses() {
+  volatile float above = 1 + 0x1p-20f, below = 1 - 0x1p-20f;
+  alignas(64) float result[64];
+  simd::store(result, simd::multiply_add(simd::broadcast(float(above)),
+                                         simd::broadcast(float(below)), simd::broadcast(-1.0f)));
+  return result[0] != 0;
+}
+
 }  // namespace
 
-TEST_CASE("exp2 in float: at most 2 ulp from -126 to 127") {
-  CHECK(worst_ulps(grid<float>(-126.0f, 127.0f, 2000003)) <= 2);
-  CHECK(worst_ulps(grid<float>(-1.0f, 1.0f, 2000003)) <= 2);
+TEST_CASE("exp2 in float: at most 2 ulp from -126 to 127, 2.5 without fused operations") {
+  const double bound = fuses() ? 2 : 2.5;
+  CHECK(worst_ulps(grid<float>(-126.0f, 127.0f, 2000003)) <= bound);
+  CHECK(worst_ulps(grid<float>(-1.0f, 1.0f, 2000003)) <= bound);
 }
 
 TEST_CASE("exp2 in double: at most 2 ulp from -1022 to 1023") {

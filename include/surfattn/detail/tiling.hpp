@@ -12,7 +12,7 @@ namespace surfattn::detail {
 /// tile by tile; a task of the backward pass owns a block of keys and goes over the queries.
 /// Packing a tile is paid for by the whole block. All memory is O(block + tile).
 struct Tiling {
-  Index query_tile;
+  Index query_tile;  ///< whole panels of a left operand (simd::left_width), or the whole block
   Index key_tile;
   Index block;  ///< queries (forward) or keys (backward) of one task
 };

@@ -62,8 +62,8 @@ inline constexpr Scalar exp2_origin_limit = Scalar(std::uint64_t(1)
 /// a number that none of them passes.
 ///
 /// x = n + r with n an integer and |r| ≤ ½, exactly; a polynomial in r; times 2^(n − origin), whose
-/// bits are n − origin in the exponent. At most 2 ulp where x − origin is −126 (float) or −1022
-/// (double) or more; where n − origin is one less, or would be, those bits spell 0, so that smaller
+/// bits are n − origin in the exponent. At most 2 ulp (2.5 in float where the target does not fuse
+/// products and sums) where x − origin is −126 (float) or −1022 (double) or more; where n − origin is one less, or would be, those bits spell 0, so that smaller
 /// arguments and −∞ give exactly 0: a masked weight is exactly 0. 2⁰ is exactly 1, and NaN gives
 /// NaN. Where the target has no vectors, std::exp2.
 ///
