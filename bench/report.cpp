@@ -140,11 +140,12 @@ template <class Mask>
 Contest contest(const Case& c, int threads) {
   const auto p = Problem<float, Mask>::make(c);
   Executor* const executor = threads == 1 ? nullptr : &two_threads();
-  std::vector<Contestant> contestants{{"naive Eigen", p->naive_forward()},
-                                      {"standard form", p->forward(Form::standard, executor)},
-                                      {"surface form", p->forward(Form::surface, executor)}};
+  std::vector<Contestant> contestants{
+      {"naive Eigen", p->naive_forward()},
+      {"standard form", p->forward(bench::Form::standard, executor)},
+      {"surface form", p->forward(bench::Form::surface, executor)}};
   for (const Peer& peer : peers()) {
-    contestants.push_back({peer.name, p->judged(Form::standard, Pass::forward,
+    contestants.push_back({peer.name, p->judged(bench::Form::standard, Pass::forward,
                                                 peer.forward(peer_call(*p, threads)))});
   }
   return timed(c.name, threads, contestants);
@@ -162,13 +163,13 @@ Contest contest_of_both_passes(const Case& c, int threads) {
   Executor* const executor = threads == 1 ? nullptr : &two_threads();
   std::vector<Contestant> contestants{
       {"naive Eigen", both(p->naive_forward_with_weights(), p->naive_backward())}};
-  for (const Form form : {Form::standard, Form::surface}) {
+  for (const bench::Form form : {bench::Form::standard, bench::Form::surface}) {
     contestants.push_back({std::string(name_of(form)) + " form",
                            both(p->forward(form, executor), p->backward(form, executor))});
   }
   for (const Peer& peer : peers()) {
     if (!peer.both_passes) continue;
-    contestants.push_back({peer.name, p->judged(Form::standard, Pass::backward,
+    contestants.push_back({peer.name, p->judged(bench::Form::standard, Pass::backward,
                                                 peer.both_passes(peer_call(*p, threads)))});
   }
   return timed(std::string(c.name) + ", forward and backward", threads, contestants);
