@@ -160,14 +160,16 @@ inline void pack_pair_of_rows(const Eigen::bfloat16* even, const Eigen::bfloat16
   }
 }
 
-/// Whether a row holds no infinity and no NaN.
+/// Whether `rows` hold no infinity and no NaN.
 template <class Scalar, class Source>
-bool is_finite_row(MatrixView<const Source> source, Index row) {
+bool are_finite(MatrixView<const Source> rows) {
   const auto zero = broadcast(Scalar(0));
   auto zeros = zero;  // x·0 is 0 for every finite x and NaN for the others
-  for (Index c = 0; c < source.cols; c += lanes<Scalar>) {
-    zeros = multiply_add(gather<Scalar>(&source(row, c), source.col_stride, source.cols - c), zero,
-                         zeros);
+  for (Index i = 0; i < rows.rows; ++i) {
+    for (Index c = 0; c < rows.cols; c += lanes<Scalar>) {
+      zeros =
+          multiply_add(gather<Scalar>(&rows(i, c), rows.col_stride, rows.cols - c), zero, zeros);
+    }
   }
   return sum(zeros) == Scalar(0);
 }
@@ -179,7 +181,7 @@ inline void pack_panels(MatrixView<const Eigen::bfloat16> source, float, BFloat1
   non_finite.count = 0;
   const auto finite_row = [&](Index k) -> const Eigen::bfloat16* {
     if (k >= source.rows) return nullptr;
-    if (is_finite_row<float>(source, k)) return source.row(k);
+    if (are_finite<float>(source.block_rows(k, 1))) return source.row(k);
     non_finite.rows[non_finite.count++] = k;
     return nullptr;
   };

@@ -217,16 +217,4 @@ SURFATTN_NEVER_INLINE void add_rows_product(Index rows, RowsOperand<Scalar> a,
   add_rows<registers >= 32 ? 8 : 4>(0, rows, a, b, c, ahead);
 }
 
-/// Whether all numbers of contiguous rows, a whole number of packets wide, are finite.
-template <class Scalar, class Source>
-bool are_finite(MatrixView<const Source> rows) {
-  const auto zero = broadcast(Scalar(0));
-  auto zeros = zero;  // x·0 is 0 for every finite x and NaN for the others
-  for (Index i = 0; i < rows.rows; ++i) {
-    for (Index c = 0; c < rows.cols; c += lanes<Scalar>)
-      zeros = multiply_add(load_as<Scalar>(rows.row(i) + c), zero, zeros);
-  }
-  return sum(zeros) == Scalar(0);
-}
-
 }  // namespace surfattn::detail::simd

@@ -6,7 +6,6 @@
 #include <surfattn/detail/simd/row_operations.hpp>
 #include <surfattn/detail/simd/tanh.hpp>
 #include <surfattn/detail/view.hpp>
-#include <type_traits>
 
 namespace surfattn::detail::simd {
 
