@@ -67,6 +67,7 @@ Operands<scalar_t<Queries>> local_operands(const Queries& queries, const Keys& k
 template <class Scalar>
 Operands<Scalar> projection_of(Operands<Scalar> operands) {
   operands.values = operands.keys;
+  operands.more.values = operands.more.keys;
   operands.values_are_keys = true;
   operands.shape.value_dim = operands.shape.head_dim;
   return operands;

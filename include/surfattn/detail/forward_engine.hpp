@@ -63,8 +63,9 @@ class ForwardTask {
 
   void run(const ForwardOutputs<Scalar>& outputs) {
     load_queries();
-    for (Index key = 0; key < shape_.keys; key += tiling_.key_tile) {
-      visit_keys(key, std::min(tiling_.key_tile, shape_.keys - key));
+    for (Index key = 0, keys; key < shape_.keys; key += keys) {
+      keys = operands_.run_of_keys(key, std::min(tiling_.key_tile, shape_.keys - key));
+      visit_keys(key, keys);
     }
     store(outputs);
   }
@@ -101,10 +102,10 @@ class ForwardTask {
   }
 
   void pack_keys(Index first_key, Index keys) {
-    const auto key_rows = operands_.key_head(key_value_head_).block_rows(first_key, keys);
+    const auto key_rows = operands_.keys_of(key_value_head_, first_key, keys);
     simd::pack_transposed(key_rows, buffers_.key_panels);
     fill_key_bias(operands_, key_value_head_, first_key, key_rows, buffers_.key_bias);
-    values_ = pack_row_operand(operands_.value_head(key_value_head_).block_rows(first_key, keys),
+    values_ = pack_row_operand(operands_.values_of(key_value_head_, first_key, keys),
                                Accumulator(1), buffers_.value_panels, buffers_.non_finite_values);
   }
 

@@ -129,8 +129,9 @@ class MomentTask {
   template <class Finish>
   void run(Index head, Index first_query, Index queries, const Finish& finish) {
     reset(head, first_query, queries);
-    for (Index key = 0; key < shape_.keys; key += buffers_.key_tile) {
-      tiles_.load_keys(head / shape_.group(), key, std::min(buffers_.key_tile, shape_.keys - key));
+    for (Index key = 0, keys; key < shape_.keys; key += keys) {
+      keys = problem_.operands.run_of_keys(key, std::min(buffers_.key_tile, shape_.keys - key));
+      tiles_.load_keys(head / shape_.group(), key, keys);
       const Coverage coverage = tiles_.coverage();
       if (coverage == Coverage::empty) continue;
       const auto weights = tiles_.weights();

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <limits>
 #include <optional>
 #include <surfattn/detail/require.hpp>
@@ -18,6 +19,14 @@ template <class Scalar>
 MatrixView<Scalar> key_rows(MatrixView<Scalar> batch, const Shape& sequence) {
   return batch.block_rows(sequence.first_key, sequence.keys);
 }
+
+/// Keys and values of some tokens, and the log-priors of the keys.
+template <class Scalar>
+struct KeySegment {
+  MatrixView<const Scalar> keys;
+  MatrixView<const Scalar> values;
+  MatrixView<const accumulator_t<Scalar>> log_prior;
+};
 
 /// One attention problem, in either form:
 ///
@@ -43,16 +52,34 @@ struct Operands {
   Accumulator query_norm_weight{0};
   Accumulator key_norm_weight{0};
   bool values_are_keys = false;
+  /// The keys that follow those above, where a single sequence has more than these: a ring buffer
+  /// that has come round, or what follows a past that several sequences share. For forward passes.
+  KeySegment<Scalar> more = {};
 
   MatrixView<const Scalar> query_head(Index head) const {
     return queries.block_cols(head * shape.head_dim, shape.head_dim);
   }
-  MatrixView<const Scalar> key_head(Index head) const {
-    return keys.block_cols(head * shape.head_dim, shape.head_dim);
+  MatrixView<const Scalar> key_head(Index head) const { return head_of_keys(keys, head); }
+  MatrixView<const Scalar> value_head(Index head) const { return head_of_values(values, head); }
+
+  /// How many of the `wanted` keys from `first` on lie in one segment: the end of a run of keys.
+  Index run_of_keys(Index first, Index wanted) const {
+    return first < keys.rows ? std::min(wanted, keys.rows - first) : wanted;
   }
-  MatrixView<const Scalar> value_head(Index head) const {
-    return values.block_cols(head * (values_are_keys ? shape.head_dim : shape.value_dim),
-                             shape.value_dim);
+
+  /// The keys [first, first + count) of all heads, in one segment.
+  KeySegment<Scalar> segment_of(Index first, Index count) const {
+    const bool is_later = first >= keys.rows;
+    const KeySegment<Scalar> whole = is_later ? more : KeySegment<Scalar>{keys, values, log_prior};
+    const Index row = is_later ? first - keys.rows : first;
+    return {whole.keys.block_rows(row, count), whole.values.block_rows(row, count),
+            whole.log_prior.block_rows(row, count)};
+  }
+  MatrixView<const Scalar> keys_of(Index head, Index first, Index count) const {
+    return head_of_keys(segment_of(first, count).keys, head);
+  }
+  MatrixView<const Scalar> values_of(Index head, Index first, Index count) const {
+    return head_of_values(segment_of(first, count).values, head);
   }
 
   /// The problem of one sequence of the batch.
@@ -60,10 +87,20 @@ struct Operands {
     Operands one = *this;
     one.shape = shape.of_sequence(index);
     one.queries = query_rows(queries, one.shape);
+    if (keys.rows < shape.keys) return one;  // segments are of one sequence
     one.keys = key_rows(keys, one.shape);
     one.values = key_rows(values, one.shape);
     one.log_prior = key_rows(log_prior, one.shape);
     return one;
+  }
+
+ private:
+  MatrixView<const Scalar> head_of_keys(MatrixView<const Scalar> rows, Index head) const {
+    return rows.block_cols(head * shape.head_dim, shape.head_dim);
+  }
+  MatrixView<const Scalar> head_of_values(MatrixView<const Scalar> rows, Index head) const {
+    return rows.block_cols(head * (values_are_keys ? shape.head_dim : shape.value_dim),
+                           shape.value_dim);
   }
 };
 

@@ -28,9 +28,9 @@ void finish_key_bias(const Operands<Scalar>& operands, Index head, Index first, 
       bias[j] *= operands.key_norm_weight * simd::log2_e<Accumulator>;
   }
   if (!operands.log_prior.data) return;
+  const auto log_prior = operands.segment_of(first, keys).log_prior;
   for (Index j = 0; j < keys; ++j)
-    bias[j] +=
-        static_cast<Accumulator>(operands.log_prior(first + j, head)) * simd::log2_e<Accumulator>;
+    bias[j] += static_cast<Accumulator>(log_prior(j, head)) * simd::log2_e<Accumulator>;
 }
 
 /// b_j = norm_weight·‖k_j‖² + log π_j for the keys `rows`, the head's from `first` on; padded with

@@ -118,10 +118,9 @@ class StreamTask {
   void run(Index first_key, Index keys, Index run, const SoftmaxRows<Accumulator>& outs) {
     outs.reset(shape_.query_heads * shape_.queries);
     const Index end = first_key + keys;
-    for (Index key = first_key; key < end; key += run) {
-      const Index count = std::min(run, end - key), next = std::min(run, end - key - count);
-      if (next > 0)
-        look_ahead(operands_.keys, operands_.values, shape_.key_value_heads, key + count, next);
+    for (Index key = first_key, count; key < end; key += count) {
+      count = operands_.run_of_keys(key, std::min(run, end - key));
+      look_ahead_to_run(key + count, std::min(run, end - key - count));
       for (Index head = 0; head < shape_.key_value_heads; ++head) {
         if (count == keys) look_ahead_to_head(head + 1, key, keys);
         visit(head, key, count, outs);
@@ -131,21 +130,27 @@ class StreamTask {
 
  private:
   /// These rows are read from memory while `visits` visits are computed.
-  void look_ahead(MatrixView<const Scalar> keys, MatrixView<const Scalar> values, Index visits,
-                  Index first_key, Index count) {
+  void look_ahead(MatrixView<const Scalar> keys, MatrixView<const Scalar> values, Index visits) {
     const auto ahead = [&](MatrixView<const Scalar> rows) {
       constexpr Index line = 64 / static_cast<Index>(sizeof(Scalar));
-      return simd::RowsAhead<Scalar>(rows.block_rows(first_key, count),
-                                     blocks(rows.cols, line * visits));
+      return simd::RowsAhead<Scalar>(rows, blocks(rows.cols, line * visits));
     };
     keys_ahead_ = ahead(keys);
     if (!operands_.values_are_keys) values_ahead_ = ahead(values);
   }
 
+  /// The next run comes from memory while one is computed, for all heads.
+  void look_ahead_to_run(Index first_key, Index wanted) {
+    if (wanted == 0) return;
+    const auto next = operands_.segment_of(first_key, operands_.run_of_keys(first_key, wanted));
+    look_ahead(next.keys, next.values, shape_.key_value_heads);
+  }
+
   /// Where one run is all, the next head comes from memory while one is computed.
   void look_ahead_to_head(Index head, Index first_key, Index keys) {
     if (head == shape_.key_value_heads) return;
-    look_ahead(operands_.key_head(head), operands_.value_head(head), 1, first_key, keys);
+    look_ahead(operands_.keys_of(head, first_key, keys), operands_.values_of(head, first_key, keys),
+               1);
   }
 
   /// One run of keys of one key/value head, for all query heads that share it. The rows are still in
@@ -165,7 +170,7 @@ class StreamTask {
   Index first_row(Index head) const { return head * rows(); }
 
   void score(Index head, Index first_key, Index keys, Coverage coverage) {
-    const auto key_rows = operands_.key_head(head).block_rows(first_key, keys);
+    const auto key_rows = operands_.keys_of(head, first_key, keys);
     const bool has_norms = operands_.key_norm_weight != Accumulator(0);
     if (!has_norms) std::fill_n(buffers_.key_bias, keys, Accumulator(0));
     simd::set_dot_products<Accumulator>(rows(), packed_queries(first_row(head)), key_rows,
@@ -186,7 +191,7 @@ class StreamTask {
   /// O += W·V
   void add_values(Index head, Index first_key, Index keys, Coverage coverage,
                   const SoftmaxRows<Accumulator>& outs) {
-    const auto value_rows = operands_.value_head(head).block_rows(first_key, keys);
+    const auto value_rows = operands_.values_of(head, first_key, keys);
     if (can_be_read_in_place(value_rows, coverage)) {
       simd::add_rows_product<Accumulator>(rows(), left_operand<false>(scores(0)), value_rows,
                                           outs.tile(first_row(head)), values_ahead_);

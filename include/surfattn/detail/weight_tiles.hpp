@@ -77,10 +77,10 @@ class WeightTiles {
     return operands_.query_head(tile_.head).block_rows(tile_.first_query, tile_.queries);
   }
   MatrixView<const Scalar> key_rows() const {
-    return operands_.key_head(key_value_head_).block_rows(tile_.first_key, tile_.keys);
+    return operands_.keys_of(key_value_head_, tile_.first_key, tile_.keys);
   }
   MatrixView<const Scalar> value_rows() const {
-    return operands_.value_head(key_value_head_).block_rows(tile_.first_key, tile_.keys);
+    return operands_.values_of(key_value_head_, tile_.first_key, tile_.keys);
   }
 
   /// The keys as the right operand of products with rows of their width.
