@@ -1,10 +1,10 @@
 // Layers and blocks: gradients of everything by central differences, norms, k_equals_v, batches, threads, and one step of
 // gradient descent in both forms.
+#include "support/layers.hpp"
+
 #include <surfattn/blocks.hpp>
 #include <surfattn/executors/thread_pool.hpp>
 #include <surfattn/gradcheck.hpp>
-
-#include "support/problem.hpp"
 
 using namespace surfattn;
 using namespace surfattn::test;
@@ -18,29 +18,6 @@ double difference(const M& a, const M& b) {
   REQUIRE(a.rows() == b.rows());
   REQUIRE(a.cols() == b.cols());
   return a.size() ? (a - b).cwiseAbs().maxCoeff() : 0;
-}
-
-StandardWeights<double> random_weights(Index x_width, Index y_width, Index out_width,
-                                       const Sizes& s, std::mt19937_64& random) {
-  const auto weight = [&](Index rows, Index cols) {
-    return M(random_matrix<double>(rows, cols, random) / std::sqrt(double(rows)));
-  };
-  StandardWeights<double> w{weight(x_width, s.query_heads * s.head_dim),
-                            weight(y_width, s.key_value_heads * s.head_dim),
-                            weight(y_width, s.key_value_heads * s.value_dim),
-                            weight(s.query_heads * s.value_dim, out_width)};
-  w.query_bias = random_matrix<double>(1, w.query.cols(), random);
-  w.key_bias = random_matrix<double>(1, w.key.cols(), random);
-  w.value_bias = random_matrix<double>(1, w.value.cols(), random);
-  w.output_bias = random_matrix<double>(1, out_width, random);
-  w.heads = {s.query_heads, s.key_value_heads};
-  return w;
-}
-
-void share_keys(StandardWeights<double>& w) {
-  w.k_equals_v = true;
-  w.value.resize(0, 0);
-  w.value_bias.resize(0);
 }
 
 /// Calls visit(name, of_a, of_b) with every trainable number of two sets of weights, pairwise.

@@ -159,6 +159,30 @@ NormOptions key_norm_options(const StandardWeights<Scalar>& weights) {
           .heads = weights.heads.key_value.value_or(weights.heads.query)};
 }
 
+/// Q = norm(X·Wq + bq)
+template <class X, class Scalar>
+void project_queries(const StandardWeights<Scalar>& weights, const X& x,
+                     StandardLayerForward<Scalar>& forward) {
+  forward.queries = affine(x, weights.query, weights.query_bias);
+  if (weights.query_norm == Norm::none) return;
+  forward.raw_queries = std::move(forward.queries);
+  forward.queries = normalize(weights.query_norm, forward.raw_queries, weights.query_norm_weights,
+                              query_norm_options(weights));
+}
+
+/// K = norm(Y·Wk + bk),  V = Y·Wv + bv
+template <class Y, class Scalar>
+void project_keys(const StandardWeights<Scalar>& weights, const Y& y,
+                  StandardLayerForward<Scalar>& forward) {
+  forward.keys = affine(y, weights.key, weights.key_bias);
+  if (weights.key_norm != Norm::none) {
+    forward.raw_keys = std::move(forward.keys);
+    forward.keys = normalize(weights.key_norm, forward.raw_keys, weights.key_norm_weights,
+                             key_norm_options(weights));
+  }
+  if (!weights.k_equals_v) forward.values = affine(y, weights.value, weights.value_bias);
+}
+
 /// What stands for V: the values, or with k_equals_v the keys as projected.
 template <class Scalar>
 const Matrix<Scalar>& layer_values(const StandardWeights<Scalar>& weights,
@@ -281,22 +305,9 @@ StandardLayerForward<Scalar> layer_forward(const X& x, const Y& y,
   constexpr detail::Require require("layer_forward");
   detail::layer_shape(weights, require);
   detail::require_layer_inputs(require, x, y, weights.query.rows(), weights.key.rows());
-  const auto& from = detail::stored(x);
-  const auto& to = detail::stored(y);
   StandardLayerForward<Scalar> forward;
-  forward.queries = detail::affine(from, weights.query, weights.query_bias);
-  if (weights.query_norm != Norm::none) {
-    forward.raw_queries = std::move(forward.queries);
-    forward.queries = normalize(weights.query_norm, forward.raw_queries, weights.query_norm_weights,
-                                detail::query_norm_options(weights));
-  }
-  forward.keys = detail::affine(to, weights.key, weights.key_bias);
-  if (weights.key_norm != Norm::none) {
-    forward.raw_keys = std::move(forward.keys);
-    forward.keys = normalize(weights.key_norm, forward.raw_keys, weights.key_norm_weights,
-                             detail::key_norm_options(weights));
-  }
-  if (!weights.k_equals_v) forward.values = detail::affine(to, weights.value, weights.value_bias);
+  detail::project_queries(weights, detail::stored(x), forward);
+  detail::project_keys(weights, detail::stored(y), forward);
   forward.attention = detail::attend(weights, forward, options, terms...);
   forward.out = detail::affine(forward.attention.out, weights.output, weights.output_bias);
   return forward;

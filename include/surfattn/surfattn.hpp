@@ -5,6 +5,7 @@
 #include <surfattn/adaptive.hpp>
 #include <surfattn/attention.hpp>
 #include <surfattn/blocks.hpp>
+#include <surfattn/cached_layers.hpp>
 #include <surfattn/cost.hpp>
 #include <surfattn/error.hpp>
 #include <surfattn/executor.hpp>
@@ -18,6 +19,7 @@
 #include <surfattn/rotary.hpp>
 #include <surfattn/sequences.hpp>
 #include <surfattn/surface.hpp>
+#include <surfattn/surface_cache.hpp>
 #include <surfattn/terms.hpp>
 #include <surfattn/types.hpp>
 #include <surfattn/version.hpp>

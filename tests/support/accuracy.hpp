@@ -131,11 +131,32 @@ auto with_upstream(const Problem<Scalar>& p, Loss loss, const Matrix<Scalar>& gr
   return loss == Loss::of_out ? use(grad_out) : use(ForwardGradients{grad_out, p.grad_log_sum_exp});
 }
 
+/// Checks a forward pass against those that it should be as good as.
+template <class Scalar, class High>
+struct ForwardCheck {
+  const reference::Forward<Scalar>& plain;
+  const reference::Forward<High>& exact;
+  const Bounds& bounds;
+
+  void operator()(const Forward<Scalar>& fast) const {
+    check_error("out", fast.out, plain.out, exact.out, bounds.out);
+    check_error("log_sum_exp", fast.log_sum_exp, plain.log_sum_exp, exact.log_sum_exp,
+                bounds.log_sum_exp);
+  }
+};
+
+/// No other way to compute a forward pass.
+struct NoOtherWay {
+  template <class... Arguments>
+  void operator()(const Arguments&...) const {}
+};
+
 /// Standard form: engine in Scalar, plain in Scalar, exact in High. `with(use)` calls `use` with the
-/// terms that stand for the mask.
-template <class Scalar, class High, class With>
+/// terms that stand for the mask; `also(options, check, terms...)` may check other ways to compute
+/// the forward pass.
+template <class Scalar, class High, class With, class Also = NoOtherWay>
 void check_standard_form(const Problem<Scalar>& p, const reference::Mask& mask, Loss loss,
-                         const With& with) {
+                         const With& with, const Also& also = {}) {
   const reference::Heads heads{p.sizes.query_heads, p.sizes.key_value_heads};
   const double scale = 0.625 / std::sqrt(static_cast<double>(std::max<Index>(p.sizes.head_dim, 1)));
   const Options options{.scale = scale, .heads = p.heads};
@@ -161,10 +182,10 @@ void check_standard_form(const Problem<Scalar>& p, const reference::Mask& mask, 
     whole.add(ErrorModel<Scalar>(one).bounds(), head);
   }
   with([&](const auto&... terms) {
+    const ForwardCheck<Scalar, High> check{plain, exact, whole.sum};
     const auto fast = attention_forward(p.queries, p.keys, p.values, options, terms...);
-    check_error("out", fast.out, plain.out, exact.out, whole.sum.out);
-    check_error("log_sum_exp", fast.log_sum_exp, plain.log_sum_exp, exact.log_sum_exp,
-                whole.sum.log_sum_exp);
+    check(fast);
+    also(options, check, terms...);
     const auto grad = with_upstream(p, loss, p.grad_out, [&](const auto& upstream) {
       return attention_backward(p.queries, p.keys, p.values, fast, upstream, options, terms...);
     });
@@ -207,9 +228,9 @@ KeyPrior library_prior(PriorKind prior, const Matrix<Scalar>& log_prior) {
 
 /// Surface form, likewise. With the sdpa prior the loss is one of the projection alone: the
 /// log-sum-exp is then not the reference's, which has the norm of the query.
-template <class Scalar, class High, class With>
+template <class Scalar, class High, class With, class Also = NoOtherWay>
 void check_surface_form(const Problem<Scalar>& p, const reference::Mask& mask, PriorKind prior,
-                        Loss loss, const With& with) {
+                        Loss loss, const With& with, const Also& also = {}) {
   if (prior == PriorKind::sdpa) loss = Loss::of_out;
   const reference::Heads heads{p.sizes.query_heads, p.sizes.key_value_heads};
   const double bandwidth =
@@ -263,10 +284,10 @@ void check_surface_form(const Problem<Scalar>& p, const reference::Mask& mask, P
   const SurfaceOptions options{
       .heads = p.heads, .bandwidth = bandwidth, .prior = library_prior(prior, p.log_prior)};
   with([&](const auto&... terms) {
+    const ForwardCheck<Scalar, High> check{plain, exact, whole.sum};
     const auto fast = project_forward(p.queries, p.keys, options, terms...);
-    check_error("projection", fast.out, plain.out, exact.out, whole.sum.out);
-    check_error("log_sum_exp", fast.log_sum_exp, plain.log_sum_exp, exact.log_sum_exp,
-                whole.sum.log_sum_exp);
+    check(fast);
+    also(options, check, terms...);
     const auto grad = with_upstream(p, loss, p.grad_projection, [&](const auto& upstream) {
       return project_backward(p.queries, p.keys, fast, upstream, options, terms...);
     });

@@ -1,0 +1,585 @@
+// surfattn layer 7: the surface as a thing of its own, a cache of keys and values
+
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <surfattn/attention.hpp>
+#include <surfattn/detail/checked_stream.hpp>
+#include <surfattn/detail/key_store.hpp>
+#include <surfattn/local_linear.hpp>
+#include <surfattn/surface.hpp>
+#include <type_traits>
+#include <utility>
+
+namespace surfattn {
+
+/// What a Surface is made for. β = 1/σ²: give `bandwidth` or `scale`, not both.
+struct CacheOptions {
+  std::optional<double> scale = {};      ///< β; 1/√d when neither is given
+  std::optional<double> bandwidth = {};  ///< σ, in the units of the keys; surface form alone
+  Heads heads = {};                      ///< how the columns divide into heads
+  /// uniform or sdpa, for all keys that are appended without a prior of their own; surface form alone
+  KeyPrior prior = KeyPrior::uniform;
+  Index capacity = 0;  ///< keys for which memory is taken at once
+  /// the newest so many keys are kept, in memory that is taken at once: a ring buffer
+  std::optional<Index> window = {};
+};
+
+/// Options of a call that reads a Surface.
+struct QueryOptions {
+  /// who runs the tasks of the call; the calling thread alone where there is none
+  Executor* executor = nullptr;
+};
+
+namespace detail {
+
+/// What stays the same of a cache while its keys come and go.
+template <class Scalar>
+struct CacheShape {
+  Heads heads;
+  Index key_width = 0;    ///< Hkv·d
+  Index value_width = 0;  ///< Hkv·dv; d in the place of dv in the surface form
+  bool values_are_keys = true;
+  bool has_log_prior = false;  ///< and norms: the surface form without the prior `sdpa`
+  accumulator_t<Scalar> scale{1};
+  std::optional<Index> window;
+
+  Index key_value_heads() const { return heads.key_value.value_or(heads.query); }
+  Index head_dim() const { return key_width / key_value_heads(); }
+  KeyWidths widths() const {
+    return {key_width, values_are_keys ? 0 : value_width, has_log_prior ? key_value_heads() : 0};
+  }
+};
+
+/// What a saved cache begins with: it cannot be read by another format, byte order or scalar.
+template <class Scalar>
+struct CacheMagic {
+  char name[8] = {'s', 'u', 'r', 'f', 'a', 't', 't', 'n'};
+  std::uint32_t format = 1;
+  std::uint16_t scalar_bytes = sizeof(Scalar);
+  std::uint16_t mantissa_bits = static_cast<std::uint16_t>(Eigen::NumTraits<Scalar>::digits());
+
+  bool operator==(const CacheMagic&) const = default;
+};
+
+template <class Scalar>
+void write_shape(const CacheShape<Scalar>& shape, Index size, CheckedWriter& to) {
+  to.write(CacheMagic<Scalar>{});
+  const std::int64_t sizes[] = {
+      shape.heads.query,     shape.key_value_heads(), shape.key_width,          shape.value_width,
+      shape.values_are_keys, shape.has_log_prior,     shape.window.value_or(0), size};
+  to.write(sizes, std::size(sizes));
+  to.write(shape.scale);
+  to.write_checksum();
+}
+
+/// Reads what write_shape wrote; `size` is the number of keys that follow.
+template <class Scalar>
+CacheShape<Scalar> read_shape(CheckedReader& from, const Require& require, Index& size) {
+  if (from.read<CacheMagic<Scalar>>() != CacheMagic<Scalar>{})
+    require.fail("the stream is not a saved cache of this scalar type");
+  std::int64_t sizes[8] = {};
+  from.read(sizes, std::size(sizes));
+  CacheShape<Scalar> shape;
+  shape.heads = {sizes[0], sizes[1]};
+  shape.key_width = sizes[2];
+  shape.value_width = sizes[3];
+  shape.values_are_keys = sizes[4] != 0;
+  shape.has_log_prior = sizes[5] != 0;
+  if (sizes[6] > 0) shape.window = sizes[6];
+  size = sizes[7];
+  shape.scale = from.read<accumulator_t<Scalar>>();
+  from.check_checksum();
+  return shape;
+}
+
+/// What both forms need; returns the width of a head, for the others to be checked against.
+inline Index require_cache_sizes(const Require& require, Index key_width, Index value_width,
+                                 const CacheOptions& options) {
+  if (key_width < 0 || value_width < 0) {
+    require.fail("the widths of keys and values must not be negative, but are " +
+                 std::to_string(key_width) + " and " + std::to_string(value_width));
+  }
+  if (options.window && *options.window < 1)
+    require.fail("window must be at least 1, but is " + std::to_string(*options.window));
+  if (options.capacity < 0)
+    require.fail("capacity must not be negative, but is " + std::to_string(options.capacity));
+  return key_width / std::max<Index>(options.heads.key_value.value_or(options.heads.query), 1);
+}
+
+/// Checks the options of a cache as those of a call without queries and keys.
+template <class Scalar>
+CacheShape<Scalar> surface_cache_shape(Index key_width, const CacheOptions& options) {
+  constexpr Require require("Surface");
+  const Index head_dim = require_cache_sizes(require, key_width, 0, options);
+  if (options.prior.is_explicit()) {
+    require.fail(
+        "the prior of a cache is uniform or sdpa; log-weights are given to append_with_prior, with "
+        "their keys");
+  }
+  const SurfaceOptions call{.scale = options.scale,
+                            .heads = options.heads,
+                            .bandwidth = options.bandwidth,
+                            .prior = options.prior};
+  const Matrix<Scalar> queries(0, head_dim * std::max<Index>(options.heads.query, 0)),
+      keys(0, key_width);
+  const auto scale = surface_operands(queries, keys, call, require).scale;
+  return {options.heads, key_width,     key_width, true, !options.prior.is_sdpa(),
+          scale,         options.window};
+}
+
+template <class Scalar>
+CacheShape<Scalar> standard_cache_shape(Index key_width, Index value_width,
+                                        const CacheOptions& options) {
+  constexpr Require require("Surface");
+  const Index head_dim = require_cache_sizes(require, key_width, value_width, options);
+  if (options.bandwidth || options.prior.is_explicit() || options.prior.is_sdpa())
+    require.fail("a cache of keys and values has a scale, and neither bandwidth nor prior");
+  const Matrix<Scalar> queries(0, head_dim * std::max<Index>(options.heads.query, 0)),
+      keys(0, key_width), values(0, value_width);
+  const Options call{.scale = options.scale, .heads = options.heads};
+  const auto scale = attention_operands(queries, keys, values, call, require).scale;
+  return {options.heads, key_width, value_width, false, false, scale, options.window};
+}
+
+}  // namespace detail
+
+/// Keys held ready for queries that come later: a surface that grows, or moves along a stream.
+///
+///     Surface<float> surface(64, {.bandwidth = 0.5, .window = 4096});
+///     for (...) { surface.append(sample); projected = surface.project(sample); }
+///
+/// In the surface form the keys are the values too. In the standard form the same class holds keys
+/// and values, for decoding with a cache:
+///
+///     Surface<float> cache(width, width, {.heads = {8}, .capacity = 2048});
+///     for (...) { cache.append(key, value); out = cache.attend(query); }
+///
+/// What it gives is what `project` or `attention` gives for the same keys, oldest first: the same
+/// bits in the standard form and under KeyPrior::sdpa while the keys lie in one piece of memory,
+/// within rounding otherwise, since norms are formed once, when a key is appended, and tiles end
+/// where a piece of memory ends. Terms count keys from the oldest that is held.
+///
+/// The cache holds one row for each key: d numbers a head in the surface form, d + dv in the
+/// standard form, and a log-weight for each key/value head where the prior is not sdpa. With
+/// `capacity` or `window`, memory is taken when it is made and then never again, but for what
+/// `append` says of forks; without, it doubles when it is full. A window is a ring buffer: memory
+/// does not grow and no key is ever moved.
+///
+/// Members that are const may run on any number of threads at once; while another member runs, none
+/// may. `…_into` members allocate nothing. All errors are found before anything is changed. Move
+/// only: `fork` copies, cheaply.
+template <class Scalar>
+class Surface {
+  static_assert(is_supported_scalar_v<Scalar>,
+                "surfattn: the scalar must be float, double, long double, Eigen::half or "
+                "Eigen::bfloat16");
+  using Accumulator = accumulator_t<Scalar>;
+
+ public:
+  /// A cache of the surface form, for keys Hkv·d wide, that are the values as well. Errors: a width
+  /// that heads do not divide, a window or bandwidth that is not positive, bandwidth and scale both.
+  explicit Surface(Index key_width, const CacheOptions& options = {})
+      : Surface(detail::surface_cache_shape<Scalar>(key_width, options), options.capacity) {}
+
+  /// A cache of the standard form, for keys Hkv·d and values Hkv·dv wide.
+  Surface(Index key_width, Index value_width, const CacheOptions& options = {})
+      : Surface(detail::standard_cache_shape<Scalar>(key_width, value_width, options),
+                options.capacity) {}
+
+  /// The number of keys held.
+  Index size() const { return store_.size(); }
+  bool is_empty() const { return size() == 0; }
+  /// How many keys fit into the memory that there is.
+  Index capacity() const { return store_.capacity(); }
+  std::optional<Index> window() const { return shape_.window; }
+  Index key_width() const { return shape_.key_width; }
+  Index value_width() const { return shape_.value_width; }
+  Heads heads() const { return shape_.heads; }
+  /// β = 1/σ²
+  Accumulator scale() const { return shape_.scale; }
+  /// Whether this is the surface form.
+  bool values_are_keys() const { return shape_.values_are_keys; }
+
+  /// Whether both are of one form, with the same widths, heads, scale and prior.
+  bool has_shape_of(const Surface& other) const {
+    return shape_.heads.query == other.shape_.heads.query && shape_.scale == other.shape_.scale &&
+           shape_.key_value_heads() == other.shape_.key_value_heads() &&
+           shape_.value_width == other.shape_.value_width &&
+           shape_.values_are_keys == other.shape_.values_are_keys &&
+           store_.widths() == other.store_.widths();
+  }
+
+  /// Bytes that one key takes.
+  std::size_t bytes_per_key() const {
+    const detail::KeyWidths widths = store_.widths();
+    return static_cast<std::size_t>(widths.keys + widths.values) * sizeof(Scalar) +
+           static_cast<std::size_t>(widths.log_prior) * sizeof(Accumulator);
+  }
+
+  /// Copies of what is held, oldest first: size() rows. For a backward pass, say.
+  Matrix<Scalar> keys() const { return copied(&detail::KeySegment<Scalar>::keys); }
+  Matrix<Scalar> values() const {
+    return shape_.values_are_keys ? keys() : copied(&detail::KeySegment<Scalar>::values);
+  }
+
+  /// Appends keys, m × (Hkv·d), of the surface form, under the prior of the cache. A window then
+  /// drops the oldest. Allocates nothing where there is memory, unless a fork reads the rows that a
+  /// ring would write over: then the keys are copied to new memory, once. Time O(m·Hkv·d).
+  template <detail::DenseMatrix Keys>
+  void append(const Keys& keys) {
+    constexpr detail::Require require("Surface::append");
+    require_form(require, true);
+    append_rows(require, keys, nothing(), nullptr);
+  }
+
+  /// Appends keys and values of the standard form, m × (Hkv·d) and m × (Hkv·dv).
+  template <detail::DenseMatrix Keys, detail::DenseMatrix Values>
+  void append(const Keys& keys, const Values& values) {
+    constexpr detail::Require require("Surface::append");
+    require_form(require, false);
+    append_rows(require, keys, values, nullptr);
+  }
+
+  /// Appends keys with log-weights log π of their own, m × 1 (for all heads) or m × Hkv, of the
+  /// scalar type of sums. Errors: a cache whose prior is sdpa.
+  template <detail::DenseMatrix Keys, detail::DenseMatrix LogPrior>
+  void append_with_prior(const Keys& keys, const LogPrior& log_prior) {
+    constexpr detail::Require require("Surface::append_with_prior");
+    static_assert(std::is_same_v<Accumulator, detail::scalar_t<LogPrior>>,
+                  "surfattn: log-weights must be of the scalar type of the keys, or of float where "
+                  "that has 16 bits");
+    require_form(require, true);
+    if (!shape_.has_log_prior) require.fail("the prior of this cache is sdpa");
+    const auto& weights = detail::stored(log_prior);
+    const detail::Extent actual = detail::extent(weights);
+    const detail::Extent expected{static_cast<Index>(keys.rows()), shape_.key_value_heads()};
+    if (actual.cols != 1) require.shape("log_prior", actual, expected, "keys × key/value heads");
+    require.shape("log_prior", actual, {expected.rows, actual.cols}, "one row for each key");
+    auto rows = detail::view(weights);
+    if (rows.cols == 1) rows.col_stride = 0;
+    append_rows(require, keys, nothing(), &rows);
+  }
+
+  /// Makes room for so many keys in all. Errors: a cache with a window, which has its memory.
+  void reserve(Index keys) {
+    constexpr detail::Require require("Surface::reserve");
+    if (shape_.window) require.fail("this cache is a ring buffer: its memory is its window");
+    if (keys > size()) store_.reserve(keys - size());
+  }
+
+  /// Forgets the `count` oldest keys. Time O(1). Errors: more than there are.
+  void drop_front(Index count) {
+    if (count < 0 || count > size()) {
+      detail::Require("Surface::drop_front")
+          .fail("count is " + std::to_string(count) + " but the cache holds " +
+                std::to_string(size()) + " keys");
+    }
+    store_.drop_front(count);
+  }
+
+  /// Forgets all keys and keeps the memory.
+  void reset() { store_.drop_front(size()); }
+
+  /// A cache that holds the same keys and then goes its own way, as for the beams of a beam search.
+  /// What lies in one piece is shared and not copied, whatever becomes of this cache; what follows a
+  /// past that is shared already, as in a fork of a fork, is copied. `capacity`: keys beyond the
+  /// present ones for which memory is taken at once.
+  Surface fork(Index capacity = 0) const {
+    if (capacity < 0) {
+      detail::Require("Surface::fork")
+          .fail("capacity must not be negative, but is " + std::to_string(capacity));
+    }
+    return Surface(shape_, store_.fork(capacity));
+  }
+
+  /// Writes the cache to a binary stream, to be restored by a program for the same scalar type and
+  /// byte order: a header, the rows oldest first, and checksums. Errors: a stream that fails.
+  void save(std::ostream& stream) const {
+    constexpr detail::Require require("Surface::save");
+    detail::CheckedWriter to(stream, require);
+    detail::write_shape(shape_, size(), to);
+    const Segments segments = store_.segments();
+    for (const auto& segment : {segments.first, segments.second}) {
+      for (Index j = 0; j < segment.keys.rows; ++j) {
+        to.write(segment.keys.row(j), segment.keys.cols);
+        to.write(segment.values.row(j), segment.values.cols);
+        to.write(segment.log_prior.row(j), segment.log_prior.cols);
+      }
+    }
+    to.write_checksum();
+  }
+
+  /// The cache that was saved, with memory for at least `capacity` keys. Errors: a stream that ends
+  /// too early, is damaged, or holds something else.
+  static Surface restore(std::istream& stream, Index capacity = 0) {
+    constexpr detail::Require require("Surface::restore");
+    detail::CheckedReader from(stream, require);
+    Index size = 0;
+    const auto shape = detail::read_shape<Scalar>(from, require, size);
+    Surface surface(shape, std::max(size, capacity));
+    surface.store_.append(size, [&](auto& memory, Index row, Index, Index count) {
+      for (Index j = row; j < row + count; ++j) {
+        from.read(memory.keys.row(j).data(), memory.keys.cols());
+        from.read(memory.values.row(j).data(), memory.values.cols());
+        from.read(memory.log_prior.row(j).data(), memory.log_prior.cols());
+      }
+    });
+    from.check_checksum();
+    return surface;
+  }
+
+  /// Bytes of workspace with which the `…_into` members use every worker of the executor for
+  /// `queries` queries, however many keys there are.
+  std::size_t workspace_size(Index queries, const QueryOptions& options = {}) const {
+    return detail::forward_workspace_size<Scalar>(largest_problem(queries), options.executor);
+  }
+
+  /// P(Q), Tq × (Hq·d): each query projected onto the surface that the keys sample, as by `project`.
+  /// Allocates the result and a workspace. Errors: a cache of the standard form, an empty one,
+  /// queries of the wrong width.
+  template <detail::DenseMatrix Queries, class... Terms>
+  Matrix<Scalar> project(const Queries& queries, const QueryOptions& options = {},
+                         const Terms&... terms) const {
+    require_form(detail::Require("Surface::project"), true);
+    return run_allocating("Surface::project", queries, options, terms...);
+  }
+
+  /// `project` into `out`, without allocating; `workspace` of workspace_size(Tq, options) bytes.
+  template <detail::DenseMatrix Queries, class Out, class... Terms>
+  void project_into(const Queries& queries, Out&& out, const Workspace& workspace,
+                    const QueryOptions& options = {}, const Terms&... terms) const {
+    detail::check_outputs_at_compile_time<Scalar, Out>();
+    constexpr detail::Require require("Surface::project");
+    require_form(require, true);
+    run(require, queries, {detail::view(out), {}}, workspace, options, terms...);
+  }
+
+  /// softmax(S)·V, Tq × (Hq·dv), as by `attention`; in the surface form, where V = K, the same as
+  /// `project`. Allocates the result and a workspace.
+  template <detail::DenseMatrix Queries, class... Terms>
+  Matrix<Scalar> attend(const Queries& queries, const QueryOptions& options = {},
+                        const Terms&... terms) const {
+    return run_allocating("Surface::attend", queries, options, terms...);
+  }
+
+  /// attend(queries)·readout, for a readout (Hq·dv) × Dout: the heads' B_h one below the other.
+  template <detail::DenseMatrix Queries, detail::DenseMatrix Readout, class... Terms>
+  Matrix<Scalar> attend(const Queries& queries, const Readout& readout,
+                        const QueryOptions& options = {}, const Terms&... terms) const {
+    constexpr detail::Require require("Surface::attend");
+    const Index width = shape_.value_width * shape_.heads.query / shape_.key_value_heads();
+    require.shape("readout", detail::extent(readout), {width, static_cast<Index>(readout.cols())},
+                  "one row for each column of the output");
+    return run_allocating("Surface::attend", queries, options, terms...) * readout;
+  }
+
+  /// `attend` into `out`, without allocating.
+  template <detail::DenseMatrix Queries, class Out, class... Terms>
+  void attend_into(const Queries& queries, Out&& out, const Workspace& workspace,
+                   const QueryOptions& options = {}, const Terms&... terms) const {
+    detail::check_outputs_at_compile_time<Scalar, Out>();
+    run(detail::Require("Surface::attend"), queries, {detail::view(out), {}}, workspace, options,
+        terms...);
+  }
+
+  /// `attend`, and log_sum_exp as of project_forward or attention_forward.
+  template <detail::DenseMatrix Queries, class... Terms>
+  Forward<Scalar> attend_forward(const Queries& queries, const QueryOptions& options = {},
+                                 const Terms&... terms) const {
+    constexpr detail::Require require("Surface::attend_forward");
+    const detail::Shape shape = checked_shape(require, queries);
+    Forward<Scalar> forward{detail::matrix<Scalar>(shape.out_extent()),
+                            detail::matrix<Accumulator>(shape.log_sum_exp_extent())};
+    attend_forward_into(queries, forward.out, forward.log_sum_exp,
+                        Workspace(workspace_size(shape.queries, options)), options, terms...);
+    return forward;
+  }
+
+  /// The same without allocating.
+  template <detail::DenseMatrix Queries, class Out, class LogSumExp, class... Terms>
+  void attend_forward_into(const Queries& queries, Out&& out, LogSumExp&& log_sum_exp,
+                           const Workspace& workspace, const QueryOptions& options = {},
+                           const Terms&... terms) const {
+    detail::check_outputs_at_compile_time<Scalar, Out>();
+    detail::check_writable_sums_at_compile_time<Scalar, LogSumExp>();
+    run(detail::Require("Surface::attend_forward"), queries,
+        {detail::view(out), detail::view(log_sum_exp)}, workspace, options, terms...);
+  }
+
+  /// f(Q), Tq × (Hq·d): the local-linear projection of local_linear.hpp, of the surface form, with
+  /// ridge λ > 0. Takes masks alone. Allocates the result and a workspace.
+  template <detail::DenseMatrix Queries, class... Masks>
+  Matrix<Scalar> local_linear(const Queries& queries, double ridge,
+                              const QueryOptions& options = {}, const Masks&... masks) const {
+    constexpr detail::Require require("Surface::local_linear");
+    const detail::Shape shape = checked_shape(require, queries);
+    auto out = detail::matrix<Scalar>(shape.out_extent());
+    auto projection = out;
+    auto log_sum_exp = detail::matrix<Scalar>(shape.log_sum_exp_extent());
+    local_linear_into(queries, ridge, out, projection, log_sum_exp,
+                      Workspace(local_linear_workspace_size(shape.queries, options)), options,
+                      masks...);
+    return out;
+  }
+
+  /// The same into `out`, with the local constant, Tq × (Hq·d), and log_sum_exp, Tq × Hq, that it is
+  /// computed from, without allocating; `workspace` of local_linear_workspace_size(Tq, options)
+  /// bytes.
+  template <detail::DenseMatrix Queries, class Out, class Projection, class LogSumExp,
+            class... Masks>
+  void local_linear_into(const Queries& queries, double ridge, Out&& out, Projection&& projection,
+                         LogSumExp&& log_sum_exp, const Workspace& workspace,
+                         const QueryOptions& options = {}, const Masks&... masks) const {
+    detail::check_outputs_at_compile_time<Scalar, Out, Projection, LogSumExp>();
+    constexpr detail::Require require("Surface::local_linear");
+    require_form(require, true);
+    const auto usable_ridge = detail::checked_ridge<Scalar>(ridge, require);
+    const auto& q = detail::stored(queries);
+    detail::run_local_linear<Scalar>(operands(require, q), usable_ridge, detail::view(out),
+                                     detail::view(projection), detail::view(log_sum_exp), workspace,
+                                     options.executor, require, masks...);
+  }
+
+  /// Bytes of workspace for local_linear_into, however many keys there are.
+  std::size_t local_linear_workspace_size(Index queries, const QueryOptions& options = {}) const {
+    detail::Operands<Scalar> operands;
+    operands.shape = largest_problem(queries);
+    operands.values_are_keys = true;
+    return detail::local_linear_bytes<Scalar>(Pass::forward, operands, options.executor);
+  }
+
+ private:
+  using Segments = std::pair<detail::KeySegment<Scalar>, detail::KeySegment<Scalar>>;
+
+  Surface(const detail::CacheShape<Scalar>& shape, Index capacity)
+      : shape_(shape), store_(shape.widths(), shape.window.value_or(capacity)) {}
+  Surface(const detail::CacheShape<Scalar>& shape, detail::KeyStore<Scalar>&& store)
+      : shape_(shape), store_(std::move(store)) {}
+
+  /// In the place of values that a cache does not hold.
+  static Matrix<Scalar> nothing() { return {}; }
+
+  void require_form(const detail::Require& require, bool values_are_keys) const {
+    if (shape_.values_are_keys == values_are_keys) return;
+    require.fail(values_are_keys ? "this cache holds keys and values"
+                                 : "in this cache the keys are the values");
+  }
+
+  template <class Keys, class Values>
+  void append_rows(const detail::Require& require, const Keys& keys, const Values& values,
+                   const detail::MatrixView<const Accumulator>* log_prior) {
+    detail::check_inputs_at_compile_time<Keys, Values, Matrix<Scalar>>();
+    const Index rows = keys.rows();
+    require.shape("keys", detail::extent(keys), {rows, shape_.key_width},
+                  "the width that the cache was made for");
+    if (!shape_.values_are_keys) {
+      require.shape("values", detail::extent(values), {rows, shape_.value_width},
+                    "one row for each key, of the width that the cache was made for");
+    }
+    const Index kept = shape_.window ? std::min(rows, *shape_.window) : rows;
+    const Index dropped =
+        shape_.window ? std::max<Index>(0, size() + kept - *shape_.window) : Index(0);
+    const Index first = rows - kept;
+    store_.reserve(kept, dropped);
+    store_.drop_front(dropped);
+    store_.append(kept, [&](auto& memory, Index row, Index n, Index count) {
+      memory.keys.middleRows(row, count) = keys.middleRows(first + n, count);
+      if (!shape_.values_are_keys)
+        memory.values.middleRows(row, count) = values.middleRows(first + n, count);
+      if (!shape_.has_log_prior) return;
+      for (Index i = 0; i < count; ++i) write_log_prior(memory, row + i, log_prior, first + n + i);
+    });
+  }
+
+  /// log π_j − β‖k_j‖²/2
+  void write_log_prior(detail::KeyMemory<Scalar>& memory, Index row,
+                       const detail::MatrixView<const Accumulator>* log_prior, Index key) const {
+    const auto keys = detail::view(std::as_const(memory.keys)).block_rows(row, 1);
+    for (Index head = 0; head < shape_.key_value_heads(); ++head) {
+      Accumulator norm(0);
+      detail::simd::squared_norms(keys.block_cols(head * shape_.head_dim(), shape_.head_dim()),
+                                  &norm);
+      memory.log_prior(row, head) =
+          (log_prior ? (*log_prior)(key, head) : Accumulator(0)) - shape_.scale / 2 * norm;
+    }
+  }
+
+  Matrix<Scalar> copied(detail::MatrixView<const Scalar> detail::KeySegment<Scalar>::*part) const {
+    const Segments segments = store_.segments();
+    const auto older = segments.first.*part, newer = segments.second.*part;
+    Matrix<Scalar> all(older.rows + newer.rows, older.cols);
+    for (Index j = 0; j < all.rows(); ++j) {
+      const auto& from = j < older.rows ? older : newer;
+      const Index row = j < older.rows ? j : j - older.rows;
+      for (Index c = 0; c < all.cols(); ++c) all(j, c) = from(row, c);
+    }
+    return all;
+  }
+
+  detail::Extent keys_extent() const { return {size(), shape_.key_width}; }
+  detail::Extent values_extent() const { return {size(), shape_.value_width}; }
+
+  template <class Queries>
+  detail::Shape checked_shape(const detail::Require& require, const Queries& queries) const {
+    detail::check_inputs_at_compile_time<Queries, Matrix<Scalar>>();
+    if (is_empty()) require.fail("the cache is empty: append keys first");
+    return require.shapes(detail::extent(queries), keys_extent(), values_extent(), shape_.heads,
+                          {});
+  }
+
+  /// A problem that needs the most workspace, with more keys than any memory holds.
+  detail::Shape largest_problem(Index queries) const {
+    constexpr Index keys = Index(1) << 40;
+    return detail::Require("Surface::workspace_size")
+        .shapes({queries, shape_.heads.query * shape_.head_dim()}, {keys, shape_.key_width},
+                {keys, shape_.value_width}, shape_.heads, {});
+  }
+
+  template <class Queries>
+  detail::Operands<Scalar> operands(const detail::Require& require, const Queries& queries) const {
+    detail::Operands<Scalar> operands;
+    operands.shape = checked_shape(require, queries);
+    operands.queries = detail::view(queries);
+    Segments segments = store_.segments();
+    for (auto* segment : {&segments.first, &segments.second}) {
+      if (shape_.values_are_keys) segment->values = segment->keys;
+      if (!shape_.has_log_prior) segment->log_prior = {};
+    }
+    operands.keys = segments.first.keys;
+    operands.values = segments.first.values;
+    operands.log_prior = segments.first.log_prior;
+    operands.more = segments.second;
+    operands.values_are_keys = shape_.values_are_keys;
+    operands.scale = shape_.scale;
+    if (shape_.has_log_prior) operands.query_norm_weight = -shape_.scale / 2;
+    return operands;
+  }
+
+  template <class Queries, class... Terms>
+  void run(const detail::Require& require, const Queries& queries,
+           const detail::ForwardOutputs<Scalar>& outputs, const Workspace& workspace,
+           const QueryOptions& options, const Terms&... terms) const {
+    const auto& q = detail::stored(queries);
+    detail::run_forward(operands(require, q), outputs, workspace, options.executor, require,
+                        terms...);
+  }
+
+  template <class Queries, class... Terms>
+  Matrix<Scalar> run_allocating(const char* function, const Queries& queries,
+                                const QueryOptions& options, const Terms&... terms) const {
+    const detail::Require require(function);
+    const detail::Shape shape = checked_shape(require, queries);
+    auto out = detail::matrix<Scalar>(shape.out_extent());
+    run(require, queries, {detail::view(out), {}},
+        Workspace(workspace_size(shape.queries, options)), options, terms...);
+    return out;
+  }
+
+  detail::CacheShape<Scalar> shape_;
+  detail::KeyStore<Scalar> store_;
+};
+
+}  // namespace surfattn

@@ -1,0 +1,141 @@
+// Decoding with a cache gives what the layer gives for all tokens at once, in both forms.
+#include <surfattn/cached_layers.hpp>
+
+#include "support/catch.hpp"
+#include "support/layers.hpp"
+
+using namespace surfattn;
+using namespace surfattn::test;
+
+namespace {
+
+using M = Matrix<double>;
+
+/// Layers of both forms that are one function, and standard ones that do not merge.
+struct Layers {
+  StandardWeights<double> standard, normed, shared, normed_and_shared;
+  SurfaceWeights<double> merged;
+
+  explicit Layers(std::mt19937_64& random)
+      : standard(random_weights(6, 6, 6, {0, 0, 4, 3, 4, 2}, random)), merged(merge(standard)) {
+    normed = standard;
+    normed.query_norm = normed.key_norm = Norm::rms;
+    shared = random_weights(6, 6, 6, {0, 0, 4, 4, 4, 2}, random);
+    share_keys(shared);
+    normed_and_shared = shared;
+    normed_and_shared.query_norm = normed_and_shared.key_norm = Norm::l2;
+  }
+
+  template <class Use>
+  void each(const Use& use) const {
+    use("standard", standard);
+    use("normed", normed);
+    use("k_equals_v", shared);
+    use("normed, k_equals_v", normed_and_shared);
+    use("merged", merged);
+  }
+};
+
+double difference(const M& a, const M& b) {
+  REQUIRE(a.rows() == b.rows());
+  REQUIRE(a.cols() == b.cols());
+  return (a - b).cwiseAbs().maxCoeff();
+}
+
+TEST_CASE("Decoding token by token, or several at a time, equals the whole layer", "[cache]") {
+  std::mt19937_64 random = seeded_random();
+  const M x = random_matrix<double>(20, 6, random);
+  const Causal causal{Align::bottom_right};
+  Layers(random).each([&](const char* name, const auto& weights) {
+    for (const Index step : {1, 3, 20}) {
+      CAPTURE(seed(), name, step);
+      const M whole = layer_forward(x, x, weights, {}, causal).out;
+      auto cache = layer_cache(weights, {.capacity = 20});
+      for (Index first = 0; first < x.rows(); first += step) {
+        const Index count = std::min(step, x.rows() - first);
+        const M out = layer_decode(x.middleRows(first, count), weights, cache);
+        CHECK(difference(out, whole.middleRows(first, count)) <= 1e-13);
+      }
+      CHECK(cache.size() == 20);
+      CHECK(cache.capacity() == 20);
+    }
+  });
+}
+
+TEST_CASE("A window is a sliding window", "[cache]") {
+  std::mt19937_64 random = seeded_random();
+  const M x = random_matrix<double>(30, 6, random);
+  const SlidingWindow window{.left = 6, .right = 0, .align = Align::bottom_right};
+  Layers(random).each([&](const char* name, const auto& weights) {
+    CAPTURE(seed(), name);
+    const M whole = layer_forward(x, x, weights, {}, window).out;
+    auto cache = layer_cache(weights, {.window = 7});
+    M out(30, 6);
+    for (Index first = 0; first < 30; first += 10)
+      out.middleRows(first, 10) = layer_decode(x.middleRows(first, 10), weights, cache);
+    CHECK(difference(out, whole) <= 1e-13);
+  });
+}
+
+TEST_CASE("Cross-attention to a cache, and beams that share it", "[cache]") {
+  std::mt19937_64 random = seeded_random();
+  const M x = random_matrix<double>(5, 6, random), y = random_matrix<double>(9, 6, random);
+  Layers(random).each([&](const char* name, const auto& weights) {
+    CAPTURE(seed(), name);
+    auto cache = layer_cache(weights);
+    layer_append(y.topRows(4), weights, cache);
+    layer_append(y.bottomRows(5), weights, cache);
+    CHECK(difference(layer_attend(x, weights, cache), layer_forward(x, y, weights).out) <= 1e-13);
+    CHECK(difference(layer_attend(x, weights, cache, {}, KeyLengths(6)),
+                     layer_forward(x, y, weights, {}, KeyLengths(6)).out) <= 1e-13);
+    auto beam = cache.fork();
+    layer_decode(x, weights, beam);
+    CHECK(beam.size() == 14);
+    CHECK(difference(layer_attend(x, weights, cache), layer_forward(x, y, weights).out) <= 1e-13);
+  });
+}
+
+TEST_CASE("Blocks decode with their norms and residual", "[cache]") {
+  std::mt19937_64 random = seeded_random();
+  const M x = random_matrix<double>(12, 6, random), y = random_matrix<double>(9, 6, random);
+  Layers(random).each([&](const char* name, const auto& weights) {
+    CAPTURE(seed(), name);
+    using Layer = std::remove_cvref_t<decltype(weights)>;
+    const BlockWeights<Layer> block{weights, Norm::layer, Norm::rms};
+    const M whole = block_forward(x, block, {}, Causal{Align::bottom_right}).out;
+    auto past = layer_cache(weights), encoded = layer_cache(weights);
+    for (Index t = 0; t < 12; ++t)
+      CHECK(difference(block_decode(x.row(t), block, past), whole.row(t)) <= 1e-13);
+    layer_append(y, weights, encoded);
+    CHECK(difference(block_attend(x, block, encoded), block_forward(x, y, block).out) <= 1e-13);
+  });
+}
+
+TEST_CASE("The surface form of a layer whose keys are as wide as its input keeps half", "[cache]") {
+  std::mt19937_64 random = seeded_random();
+  auto weights = random_weights(8, 8, 8, {0, 0, 8, 8, 1, 1}, random);
+  CHECK(2 * layer_cache(merge(weights)).bytes_per_key() == layer_cache(weights).bytes_per_key());
+}
+
+TEST_CASE("A cache that does not fit its layer is refused", "[cache]") {
+  std::mt19937_64 random = seeded_random();
+  const Layers layers(random);
+  auto cache = layer_cache(layers.standard);
+  const M x = M::Random(2, 6);
+  CHECK_THROWS_WITH(
+      layer_append(x, layers.merged, cache),
+      "surfattn::layer_append: cache holds keys of 8 and values of 6 numbers a token but these "
+      "weights need 6 numbers, with their heads and scale: make it with layer_cache");
+  auto rescaled = layers.standard;
+  rescaled.scale = 0.1;
+  CHECK_THROWS_AS(layer_decode(x, rescaled, cache), std::invalid_argument);
+  CHECK_THROWS_WITH(
+      layer_append(M(2, 5), layers.standard, cache),
+      "surfattn::layer_append: y is 2×5 but must be 2×6 (the width that the weights take)");
+  CHECK_THROWS_WITH(layer_attend(x, layers.standard, cache),
+                    "surfattn::Surface::attend: the cache is empty: append keys first");
+  CHECK_THROWS_AS(layer_decode(M(2, 5), layers.standard, cache), std::invalid_argument);
+  CHECK(cache.is_empty());
+}
+
+}  // namespace

@@ -1,0 +1,434 @@
+// A Surface gives what project and attention give for the keys that it holds, wherever they lie in memory; forks do not
+// disturb each other; what has its memory takes no more.
+
+// clang-format off: this comes before Eigen
+#include "support/no_allocation.hpp"
+// clang-format on
+
+#include <Eigen/Core>
+#include <algorithm>
+#include <random>
+#include <sstream>
+#include <string>
+#include <surfattn/executors/thread_pool.hpp>
+#include <surfattn/surface_cache.hpp>
+#include <thread>
+#include <vector>
+
+#include "support/accuracy.hpp"
+#include "support/catch.hpp"
+#include "support/random.hpp"
+#include "support/same_bits.hpp"
+
+namespace surfattn::test {
+namespace {
+
+/// Where the keys of a cache lie.
+enum class Place { one_piece, ring_come_round, after_a_drop, behind_a_past };
+constexpr Place all_places[] = {Place::one_piece, Place::ring_come_round, Place::after_a_drop,
+                                Place::behind_a_past};
+
+/// A cache, made by `make(capacity, window)`, to which `append(cache, first, count)` gives rows of n
+/// keys, holding them at that place in memory. Keys that are dropped again are the first ones.
+template <class Make, class Append>
+auto placed(Place place, Index n, const Make& make, const Append& append) {
+  const Index part = n / 3;
+  if (place == Place::ring_come_round) {
+    auto cache = make(0, n);
+    append(cache, 0, part);
+    append(cache, 0, n - part);  // to be written over, but for what the next ones leave
+    append(cache, 0, part);
+    append(cache, part, n - part);
+    return cache;
+  }
+  auto cache = make(n + part, 0);
+  if (place == Place::after_a_drop) {
+    append(cache, 0, part);
+    cache.drop_front(part);
+  }
+  append(cache, 0, part);
+  if (place == Place::behind_a_past) cache = cache.fork();
+  append(cache, part, n - part);
+  return cache;
+}
+
+std::optional<Index> window_of(Index window) {
+  return window > 0 ? std::optional<Index>(window) : std::nullopt;
+}
+
+template <class Scalar>
+Surface<Scalar> standard_cache(Place place, const Problem<Scalar>& p, const Options& options) {
+  return placed(
+      place, p.keys.rows(),
+      [&](Index capacity, Index window) {
+        return Surface<Scalar>(p.keys.cols(), p.values.cols(),
+                               {.scale = options.scale,
+                                .heads = options.heads,
+                                .capacity = capacity,
+                                .window = window_of(window)});
+      },
+      [&](auto& cache, Index first, Index count) {
+        cache.append(p.keys.middleRows(first, count), p.values.middleRows(first, count));
+      });
+}
+
+template <class Scalar>
+Surface<Scalar> surface_cache(Place place, const Problem<Scalar>& p,
+                              const SurfaceOptions& options) {
+  return placed(
+      place, p.keys.rows(),
+      [&](Index capacity, Index window) {
+        return Surface<Scalar>(
+            p.keys.cols(), {.scale = options.scale,
+                            .bandwidth = options.bandwidth,
+                            .heads = options.heads,
+                            .prior = options.prior.is_sdpa() ? KeyPrior::sdpa : KeyPrior::uniform,
+                            .capacity = capacity,
+                            .window = window_of(window)});
+      },
+      [&](auto& cache, Index first, Index count) {
+        const auto keys = p.keys.middleRows(first, count);
+        if (options.prior.is_explicit()) {
+          cache.append_with_prior(keys, p.log_prior.middleRows(first, count));
+        } else {
+          cache.append(keys);
+        }
+      });
+}
+
+TEST_CASE("A cache is as accurate as a plain evaluation, wherever its keys lie", "[cache]") {
+  std::mt19937_64 random = seeded_random();
+  int turn = 0;
+  for (const Sizes& s : odd_sizes(random, 1e6)) {
+    if (s.keys == 0 || ++turn % 2 != 0) continue;
+    const Problem<float> p(s, random);
+    const MaskKind mask = all_masks[turn / 2 % std::size(all_masks)];
+    const PriorKind prior = PriorKind(turn / 4 % 3);
+    const Place place = all_places[turn / 2 % std::size(all_places)];
+    CAPTURE(seed(), s.queries, s.keys, s.head_dim, s.value_dim, s.query_heads, s.key_value_heads,
+            int(mask), int(prior), int(place));
+    const auto with = [&](const auto& use) { with_terms(mask, s.queries, s.keys, use); };
+    const auto dense = dense_mask(mask, s.queries, s.keys);
+    check_standard_form<float, double>(
+        p, dense, Loss::of_out, with,
+        [&](const Options& options, const auto& check, const auto&... terms) {
+          check(standard_cache(place, p, options).attend_forward(p.queries, {}, terms...));
+        });
+    check_surface_form<float, double>(
+        p, dense, prior, Loss::of_out, with,
+        [&](const SurfaceOptions& options, const auto& check, const auto&... terms) {
+          check(surface_cache(place, p, options).attend_forward(p.queries, {}, terms...));
+        });
+  }
+}
+
+TEMPLATE_TEST_CASE("In one piece the bits are those of project and attention", "[cache]", float,
+                   double, Eigen::bfloat16) {
+  std::mt19937_64 random = seeded_random();
+  for (const Index queries : {1, 3, 40}) {
+    const Problem<float> numbers({queries, 1500, 16, 8, 4, 2}, random);
+    const Matrix<TestType> q = numbers.queries.cast<TestType>(), k = numbers.keys.cast<TestType>(),
+                           v = numbers.values.cast<TestType>();
+    const Causal causal{Align::bottom_right};
+    Surface<TestType> cache(k.cols(), v.cols(), {.heads = {4, 2}, .capacity = 1500});
+    cache.append(k.topRows(1), v.topRows(1));
+    cache.append(k.bottomRows(1499), v.bottomRows(1499));
+    Surface<TestType> surface(
+        k.cols(), {.bandwidth = 1.5, .heads = {4, 2}, .prior = KeyPrior::sdpa, .capacity = 1500});
+    surface.append(k);
+    CAPTURE(seed(), queries);
+    CHECK(same_bits(cache.attend(q, {}, causal), attention(q, k, v, {.heads = {4, 2}}, causal)));
+    const SurfaceOptions options{.heads = {4, 2}, .bandwidth = 1.5, .prior = KeyPrior::sdpa};
+    CHECK(same_bits(surface.project(q, {}, causal), project(q, k, options, causal)));
+    ThreadPool pool(2);
+    CHECK(
+        same_bits(surface.project(q, {.executor = &pool}, causal), project(q, k, options, causal)));
+  }
+}
+
+// ---- Against a list of rows ------------------------------------------------------------------
+
+/// A cache of the surface form under test, and what it should hold.
+struct Tracked {
+  Surface<double> cache;
+  std::vector<double> rows;
+
+  void check() const {
+    REQUIRE(cache.size() == Index(rows.size()));
+    const Matrix<double> held = cache.keys();
+    bool same = true;
+    for (Index j = 0; j < held.rows(); ++j)
+      same = same && held(j, 0) == rows[std::size_t(j)] && held(j, 1) == -rows[std::size_t(j)];
+    CHECK(same);
+    if (rows.empty()) return;
+    const Matrix<double> query = Matrix<double>::Constant(1, 2, 0.3);
+    const Matrix<double> expected = project(query, held, {.bandwidth = 0.5});
+    CHECK((cache.project(query) - expected).cwiseAbs().maxCoeff() <= 1e-12);
+  }
+  void append(Index count, std::mt19937_64& random) {
+    Matrix<double> keys(count, 2);
+    keys.col(0) = random_matrix<double>(count, 1, random);
+    keys.col(1) = -keys.col(0);
+    cache.append(keys);
+    rows.insert(rows.end(), keys.col(0).begin(), keys.col(0).end());
+    if (cache.window() && Index(rows.size()) > *cache.window())
+      rows.erase(rows.begin(), rows.end() - *cache.window());
+  }
+  void drop(Index count) {
+    cache.drop_front(count);
+    rows.erase(rows.begin(), rows.begin() + count);
+  }
+  Tracked fork(Index capacity) const { return {cache.fork(capacity), rows}; }
+};
+
+TEST_CASE("Appending, dropping, resetting and forking, in any order", "[cache]") {
+  std::mt19937_64 random = seeded_random();
+  const auto below = [&](Index n) { return Index(random() % std::uint64_t(n)); };
+  for (int round = 0; round < 60; ++round) {
+    std::vector<Tracked> caches;
+    const auto window = round % 2 == 0 ? std::nullopt : std::optional<Index>(1 + below(12));
+    caches.push_back(
+        {Surface<double>(2, {.bandwidth = 0.5, .capacity = below(2) * 10, .window = window}), {}});
+    for (int step = 0; step < 60; ++step) {
+      CAPTURE(seed(), round, step, caches.size());
+      const std::size_t at = std::size_t(below(Index(caches.size())));
+      Tracked& one = caches[at];
+      const Index action = below(10);
+      if (action < 5) {
+        one.append(below(action == 0 ? 20 : 4), random);
+      } else if (action < 7) {
+        one.drop(below(one.cache.size() + 1));
+      } else if (action == 7) {
+        one.cache.reset();
+        one.rows.clear();
+      } else if (action == 8 && caches.size() < 6) {
+        Tracked fork = one.fork(below(2) * 5);
+        caches.push_back(std::move(fork));
+      } else if (caches.size() > 1) {
+        caches.erase(caches.begin() + std::ptrdiff_t(at));
+      }
+      for (const Tracked& each : caches) each.check();
+    }
+  }
+}
+
+TEST_CASE("A fork shares what it was forked from", "[cache]") {
+  Surface<float> prompt(64, {.capacity = 4096});
+  prompt.append(Matrix<float>::Random(4000, 64));
+  std::size_t allocated = 0;
+  {
+    // as many bytes as one key has would not hold the prompt
+    const NoAllocation watch;
+    const Surface<float> beam = prompt.fork();
+    allocated = watch.count();
+    CHECK(beam.size() == 4000);
+    CHECK(beam.capacity() == 4000);
+  }
+  CHECK(allocated <= 2);
+}
+
+// ---- Memory, threads, streams ----------------------------------------------------------------
+
+TEST_CASE("Within its capacity, and as a ring for ever, a cache allocates nothing", "[cache]") {
+  const Matrix<float> samples = Matrix<float>::Random(1000, 8);
+  Surface<float> ring(8, {.bandwidth = 1, .window = 64}), list(8, {.capacity = 1000}),
+      pairs(8, 8, {.capacity = 1000});
+  Matrix<float> out(1, 8), projection(1, 8), log_sum_exp(1, 1);
+  const Workspace workspace(std::max(ring.workspace_size(1), ring.local_linear_workspace_size(1)));
+  std::size_t count = 0;
+  {
+    const NoAllocation watch;
+    for (Index t = 0; t < samples.rows(); ++t) {
+      const auto sample = samples.row(t);
+      ring.append(sample);
+      ring.project_into(sample, out, workspace);
+      ring.local_linear_into(sample, 0.1, out, projection, log_sum_exp, workspace);
+      list.append(sample);
+      list.project_into(sample, out, workspace);
+      pairs.append(sample, sample);
+      pairs.attend_into(sample, out, workspace);
+    }
+    count = watch.count();
+  }
+  CHECK(count == 0);
+  CHECK(ring.capacity() == 64);
+  CHECK(list.capacity() == 1000);
+}
+
+TEST_CASE("Along a stream the error does not grow", "[cache]") {
+  constexpr Index window = 50, length = 20000;
+  std::mt19937_64 random = seeded_random();
+  const Matrix<float> samples = random_matrix<float>(length, 4, random);
+  Surface<float> ring(4, {.bandwidth = 0.7, .window = window});
+  double early = 0, late = 0;
+  for (Index t = 0; t < length; ++t) {
+    ring.append(samples.row(t));
+    if (t + 1 < window || t % 7 != 0) continue;
+    const auto held = samples.middleRows(t + 1 - window, window).cast<double>();
+    const auto exact = project(samples.row(t).cast<double>(), held, {.bandwidth = 0.7});
+    const double error =
+        (ring.project(samples.row(t)).cast<double>() - exact).cwiseAbs().maxCoeff();
+    double& worst = t < length / 2 ? early : late;
+    if (!(error <= worst)) worst = error;
+  }
+  CAPTURE(seed(), early, late);
+  CHECK(early <= 1e-5);
+  CHECK(late <= 2 * early);
+}
+
+TEST_CASE("Many threads may read one cache, and forks of it, at once", "[cache]") {
+  const Matrix<float> keys = Matrix<float>::Random(3000, 16),
+                      queries = Matrix<float>::Random(2, 16);
+  Surface<float> surface(16);
+  surface.append(keys);
+  const Matrix<float> expected = surface.project(queries);
+  std::vector<int> wrong(4, 0);
+  std::vector<std::thread> threads;
+  for (std::size_t n = 0; n < wrong.size(); ++n) {
+    threads.emplace_back([&, n] {
+      for (int round = 0; round < 30; ++round) {
+        wrong[n] += !same_bits(surface.project(queries), expected);
+        Surface<float> fork = surface.fork();
+        fork.append(keys.topRows(5));
+        wrong[n] += fork.size() != 3005 || fork.project(queries).hasNaN();
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  CHECK(wrong == std::vector<int>(4, 0));
+}
+
+TEST_CASE("attend takes a readout, and local_linear is that of the keys", "[cache]") {
+  const Matrix<double> keys = Matrix<double>::Random(40, 6),
+                       queries = Matrix<double>::Random(5, 12),
+                       readout = Matrix<double>::Random(12, 7);
+  const Problem<double> p = [&] {
+    std::mt19937_64 random = seeded_random();
+    Problem<double> made({5, 40, 3, 3, 4, 2}, random);
+    made.keys = keys;
+    made.queries = queries;
+    return made;
+  }();
+  const SurfaceOptions options{.heads = p.heads, .bandwidth = 0.8};
+  for (const Place place : all_places) {
+    const auto surface = surface_cache(place, p, options);
+    const auto close = [](const Matrix<double>& a, const Matrix<double>& b) {
+      return (a - b).cwiseAbs().maxCoeff() <= 1e-12;
+    };
+    CHECK(close(surface.attend(queries, readout), project(queries, keys, options) * readout));
+    CHECK(close(surface.local_linear(queries, 0.05), local_linear(queries, keys, 0.05, options)));
+  }
+}
+
+// ---- Save and restore ------------------------------------------------------------------------
+
+std::string saved(const Surface<float>& surface) {
+  std::ostringstream stream;
+  surface.save(stream);
+  return stream.str();
+}
+
+Surface<float> restored(const std::string& bytes, Index capacity = 0) {
+  std::istringstream stream(bytes);
+  return Surface<float>::restore(stream, capacity);
+}
+
+TEST_CASE("A saved cache comes back, bit for bit", "[cache]") {
+  std::mt19937_64 random = seeded_random();
+  const Problem<float> p({3, 30, 4, 2, 4, 2}, random);
+  for (const Place place : all_places) {
+    const auto cache = standard_cache(place, p, {.scale = 0.3, .heads = p.heads});
+    auto back = restored(saved(cache), 40);
+    CHECK(same_bits(back.keys(), cache.keys()));
+    CHECK(same_bits(back.values(), cache.values()));
+    CHECK(back.window() == cache.window());
+    CHECK((back.attend(p.queries) - cache.attend(p.queries)).cwiseAbs().maxCoeff() <= 1e-6f);
+    back.append(p.keys.topRows(10), p.values.topRows(10));
+    const auto surface =
+        surface_cache(place, p, {.heads = p.heads, .bandwidth = 2, .prior = p.log_prior});
+    const auto surface_back = restored(saved(surface));
+    CHECK((surface_back.project(p.queries) - surface.project(p.queries)).cwiseAbs().maxCoeff() <=
+          1e-6f);
+  }
+}
+
+TEST_CASE("What is no saved cache is refused", "[cache]") {
+  Surface<float> surface(3, {.bandwidth = 2, .window = 5});
+  surface.append(Matrix<float>::Random(9, 3));
+  const std::string good = saved(surface);
+  for (std::size_t length = 0; length < good.size(); ++length)
+    CHECK_THROWS_AS(restored(good.substr(0, length)), std::invalid_argument);
+  for (std::size_t place = 0; place < good.size(); ++place) {
+    std::string bad = good;
+    bad[place] = static_cast<char>(bad[place] ^ 4);
+    CHECK_THROWS_AS(restored(bad), std::invalid_argument);
+  }
+  std::istringstream stream(good);
+  CHECK_THROWS_WITH(
+      Surface<double>::restore(stream),
+      "surfattn::Surface::restore: the stream is not a saved cache of this scalar type");
+  std::ostringstream full;
+  full.setstate(std::ios::badbit);
+  CHECK_THROWS_AS(surface.save(full), std::invalid_argument);
+}
+
+// ---- Mistakes --------------------------------------------------------------------------------
+
+TEST_CASE("Mistakes are named, and change nothing", "[cache]") {
+  using M = Matrix<float>;
+  Surface<float> surface(4, {.bandwidth = 1, .heads = {2}}), cache(4, 6, {.heads = {2}}),
+      sdpa(4, {.prior = KeyPrior::sdpa}), ring(4, {.window = 3});
+  const auto says = [](const auto& call, const std::string& sentence) {
+    CHECK_THROWS_WITH(call(), "surfattn::Surface" + sentence);
+  };
+  says([] { Surface<float>(4, {.window = 0}); }, ": window must be at least 1, but is 0");
+  says([] { Surface<float>(4, {.capacity = -1}); }, ": capacity must not be negative, but is -1");
+  says([] { Surface<float>(4, {.bandwidth = -0.5}); },
+       ": bandwidth must be positive and finite, but is -0.500000");
+  says([] { Surface<float>(4, {.scale = 1, .bandwidth = 1}); },
+       ": give scale or bandwidth, not both: scale = 1/bandwidth²");
+  says([] { Surface<float>(4, 4, {.bandwidth = 1}); },
+       ": a cache of keys and values has a scale, and neither bandwidth nor prior");
+  CHECK_THROWS_AS(Surface<float>(5, {.heads = {2}}), std::invalid_argument);
+  CHECK_THROWS_AS(Surface<float>(4, {.heads = {0}}), std::invalid_argument);
+  says([] { Surface<float>(-4); },
+       ": the widths of keys and values must not be negative, but are -4 and 0");
+  CHECK_THROWS_AS(Surface<float>(4, 5, {.heads = {2}}), std::invalid_argument);
+
+  says([&] { surface.project(M(1, 4)); }, "::project: the cache is empty: append keys first");
+  says([&] { surface.append(M(2, 5)); },
+       "::append: keys is 2×5 but must be 2×4 (the width that the cache was made for)");
+  says([&] { surface.append(M(2, 4), M(2, 4)); },
+       "::append: in this cache the keys are the values");
+  says([&] { cache.append(M(2, 4)); }, "::append: this cache holds keys and values");
+  says([&] { cache.append(M(2, 4), M(3, 6)); },
+       "::append: values is 3×6 but must be 2×6 (one row for each key, of the width that the cache "
+       "was made for)");
+  says([&] { sdpa.append_with_prior(M(2, 4), M(2, 1)); },
+       "::append_with_prior: the prior of this cache is sdpa");
+  says([&] { surface.append_with_prior(M(3, 4), M(2, 1)); },
+       "::append_with_prior: log_prior is 2×1 but must be 3×1 (one row for each key)");
+  says([&] { surface.append_with_prior(M(3, 4), M(3, 3)); },
+       "::append_with_prior: log_prior is 3×3 but must be 3×2 (keys × key/value heads)");
+  CHECK(surface.is_empty());
+  CHECK(cache.is_empty());
+
+  cache.append(M::Random(2, 4), M::Random(2, 6));
+  surface.append(M::Random(2, 4));
+  says([&] { cache.project(M(1, 4)); }, "::project: this cache holds keys and values");
+  says([&] { surface.attend(M(1, 4), M(3, 3)); },
+       "::attend: readout is 3×3 but must be 4×3 (one row for each column of the output)");
+  says([&] { surface.drop_front(3); }, "::drop_front: count is 3 but the cache holds 2 keys");
+  says([&] { surface.fork(-1); }, "::fork: capacity must not be negative, but is -1");
+  says([&] { ring.reserve(5); },
+       "::reserve: this cache is a ring buffer: its memory is its window");
+  CHECK_THROWS_AS(surface.project(M(1, 6)), std::invalid_argument);
+  CHECK_THROWS_AS(surface.local_linear(M(1, 4), -1), std::invalid_argument);
+  M out = M::Constant(1, 4, 7);
+  CHECK_THROWS_AS(surface.project_into(M(1, 4), out, Workspace(8)), std::invalid_argument);
+  CHECK((out.array() == 7).all());
+  CHECK(surface.size() == 2);
+}
+
+}  // namespace
+}  // namespace surfattn::test
