@@ -3,6 +3,7 @@
 
 #include <surfattn/executors/thread_pool.hpp>
 
+#include "support/cache_rows.hpp"
 #include "support/peak.hpp"
 #include "support/problem.hpp"
 
@@ -199,6 +200,7 @@ std::vector<Row> all_rows() {
        {"decode-surface", "standard form", 1.85, surface_against_standard(shape_d, Pass::forward)},
        {"decode-surface-sdpa", "standard form", 0,
         surface_against_standard(shape_d, Pass::forward, Form::surface_sdpa)}});
+  add_cache_rows(rows);
   for (const Pass pass : {Pass::forward, Pass::backward}) {
     for (const Index heads : {1, 8}) {
       rows.push_back({std::string("threads-") + (pass == Pass::forward ? "forward-" : "backward-") +

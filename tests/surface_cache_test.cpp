@@ -255,25 +255,41 @@ TEST_CASE("Within its capacity, and as a ring for ever, a cache allocates nothin
   CHECK(list.capacity() == 1000);
 }
 
-TEST_CASE("Along a stream the error does not grow", "[cache]") {
-  constexpr Index window = 50, length = 20000;
+/// A stream through a ring: each sample is appended and projected, without a call of the heap; every
+/// `stride`-th projection is compared with one of double precision.
+void check_stream(Index length, Index window, Index width, Index stride) {
   std::mt19937_64 random = seeded_random();
-  const Matrix<float> samples = random_matrix<float>(length, 4, random);
-  Surface<float> ring(4, {.bandwidth = 0.7, .window = window});
+  const Matrix<float> samples = random_matrix<float>(length, width, random);
+  const double bandwidth = 0.35 * std::sqrt(double(width));
+  Surface<float> ring(width, {.bandwidth = bandwidth, .window = window});
+  const Workspace workspace(ring.workspace_size(1));
+  Matrix<float> out(1, width);
   double early = 0, late = 0;
+  std::size_t allocated = 0;
   for (Index t = 0; t < length; ++t) {
-    ring.append(samples.row(t));
-    if (t + 1 < window || t % 7 != 0) continue;
+    {
+      const NoAllocation watch;
+      ring.append(samples.row(t));
+      ring.project_into(samples.row(t), out, workspace);
+      allocated += watch.count();
+    }
+    if (t + 1 < window || t % stride != 0) continue;
     const auto held = samples.middleRows(t + 1 - window, window).cast<double>();
-    const auto exact = project(samples.row(t).cast<double>(), held, {.bandwidth = 0.7});
-    const double error =
-        (ring.project(samples.row(t)).cast<double>() - exact).cwiseAbs().maxCoeff();
+    const auto exact = project(samples.row(t).cast<double>(), held, {.bandwidth = bandwidth});
+    const double error = (out.cast<double>() - exact).cwiseAbs().maxCoeff();
     double& worst = t < length / 2 ? early : late;
     if (!(error <= worst)) worst = error;
   }
   CAPTURE(seed(), early, late);
+  CHECK(allocated == 0);
   CHECK(early <= 1e-5);
   CHECK(late <= 2 * early);
+}
+
+TEST_CASE("Along a stream the error does not grow", "[cache]") { check_stream(20000, 50, 4, 7); }
+
+TEST_CASE("Along a million samples the error does not grow", "[.long]") {
+  check_stream(1000000, 4096, 32, 997);
 }
 
 TEST_CASE("Many threads may read one cache, and forks of it, at once", "[cache]") {

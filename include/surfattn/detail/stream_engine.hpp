@@ -82,9 +82,12 @@ struct StreamBuffers {
 
 template <class Scalar>
 StreamPlan<Scalar>::StreamPlan(const Shape& sequence) : shape(sequence) {
-  // A run of tokens, keys and values, and the next one stay in the second-level cache.
+  // A run of tokens, keys and values, and the next one stay in the second-level cache; one head's
+  // rows of it in the first-level cache, from which values that are keys are read.
   const Index width = shape.key_value_heads * (shape.head_dim + shape.value_dim);
-  run = std::min(tile_rows<Accumulator>(256, width), std::max<Index>(shape.keys, 1));
+  constexpr Index first_level = (Index(1) << 15) / static_cast<Index>(sizeof(Accumulator));
+  const Index of_head = std::max<Index>(16, first_level / std::max<Index>(shape.head_dim, 1));
+  run = std::min({tile_rows<Accumulator>(256, width), of_head, std::max<Index>(shape.keys, 1)});
   constexpr Index parts = 16, fewest_keys = 1024;
   part = std::max(fewest_keys, blocks(blocks(shape.keys, parts), run) * run);
   items = std::max<Index>(1, blocks(shape.keys, part));
