@@ -2,7 +2,7 @@
 #include <surfattn/cached_layers.hpp>
 
 #include "support/catch.hpp"
-#include "support/layers.hpp"
+#include "support/layer_weights.hpp"
 
 using namespace surfattn;
 using namespace surfattn::test;
@@ -17,10 +17,10 @@ struct Layers {
   SurfaceWeights<double> merged;
 
   explicit Layers(std::mt19937_64& random)
-      : standard(random_weights(6, 6, 6, {0, 0, 4, 3, 4, 2}, random)), merged(merge(standard)) {
+      : standard(random_weights<double>(6, 6, 6, {0, 0, 4, 3, 4, 2}, random)), merged(merge(standard)) {
     normed = standard;
     normed.query_norm = normed.key_norm = Norm::rms;
-    shared = random_weights(6, 6, 6, {0, 0, 4, 4, 4, 2}, random);
+    shared = random_weights<double>(6, 6, 6, {0, 0, 4, 4, 4, 2}, random);
     share_keys(shared);
     normed_and_shared = shared;
     normed_and_shared.query_norm = normed_and_shared.key_norm = Norm::l2;
@@ -113,7 +113,7 @@ TEST_CASE("Blocks decode with their norms and residual", "[cache]") {
 
 TEST_CASE("The surface form of a layer whose keys are as wide as its input keeps half", "[cache]") {
   std::mt19937_64 random = seeded_random();
-  auto weights = random_weights(8, 8, 8, {0, 0, 8, 8, 1, 1}, random);
+  auto weights = random_weights<double>(8, 8, 8, {0, 0, 8, 8, 1, 1}, random);
   CHECK(2 * layer_cache(merge(weights)).bytes_per_key() == layer_cache(weights).bytes_per_key());
 }
 

@@ -1,10 +1,10 @@
 // Layers and blocks: gradients of everything by central differences, norms, k_equals_v, batches, threads, and one step of
 // gradient descent in both forms.
-#include "support/layers.hpp"
-
 #include <surfattn/blocks.hpp>
 #include <surfattn/executors/thread_pool.hpp>
-#include <surfattn/gradcheck.hpp>
+
+#include "support/differences.hpp"
+#include "support/layer_weights.hpp"
 
 using namespace surfattn;
 using namespace surfattn::test;
@@ -18,37 +18,6 @@ double difference(const M& a, const M& b) {
   REQUIRE(a.rows() == b.rows());
   REQUIRE(a.cols() == b.cols());
   return a.size() ? (a - b).cwiseAbs().maxCoeff() : 0;
-}
-
-/// Calls visit(name, of_a, of_b) with every trainable number of two sets of weights, pairwise.
-template <class A, class B, class Visit>
-void for_each_weight(A& a, B& b, const Visit& visit) requires requires {
-  a.query;
-}
-{
-  visit("Wq", a.query, b.query);
-  visit("Wk", a.key, b.key);
-  visit("Wv", a.value, b.value);
-  visit("Wo", a.output, b.output);
-  visit("bq", a.query_bias, b.query_bias);
-  visit("bk", a.key_bias, b.key_bias);
-  visit("bv", a.value_bias, b.value_bias);
-  visit("bo", a.output_bias, b.output_bias);
-  visit("query gain", a.query_norm_weights.gain, b.query_norm_weights.gain);
-  visit("query norm bias", a.query_norm_weights.bias, b.query_norm_weights.bias);
-  visit("key gain", a.key_norm_weights.gain, b.key_norm_weights.gain);
-  visit("key norm bias", a.key_norm_weights.bias, b.key_norm_weights.bias);
-}
-template <class A, class B, class Visit>
-void for_each_weight(A& a, B& b, const Visit& visit) requires requires {
-  a.metric;
-}
-{
-  visit("A", a.metric, b.metric);
-  visit("B", a.readout, b.readout);
-  visit("g", a.metric_bias, b.metric_bias);
-  visit("r", a.readout_bias, b.readout_bias);
-  visit("bo", a.output_bias, b.output_bias);
 }
 
 template <class Layer>
@@ -66,14 +35,6 @@ struct BlockProblem {
     return f.out.cwiseProduct(grad_out).sum();
   }
 };
-
-template <class Point, class Analytic, class Function>
-void check_by_differences(const char* name, const Function& loss, const Point& at,
-                          const Analytic& analytic) {
-  const auto check = check_gradient(loss, at, analytic, {.tolerance = 1e-8});
-  INFO(name << ": " << check);
-  CHECK(check.passed());
-}
 
 template <class Layer, class... Terms>
 void check_block_gradients(const BlockProblem<Layer>& p, const Terms&... terms) {
@@ -127,28 +88,33 @@ TEST_CASE("gradients of blocks agree with central differences to 1e-8, in both f
   const Sizes s{7, 9, 3, 2, 4, 2};
   for (const bool self : {false, true}) {
     CAPTURE(seed(), self);
-    const auto w = random_weights(6, self ? 6 : 5, 6, s, random);
+    const auto w = random_weights<double>(6, self ? 6 : 5, 6, s, random);
     check_block_gradients(block_of(w, self, random), Causal{Align::bottom_right});
     check_block_gradients(block_of(merge(w), self, random), Causal{Align::bottom_right});
   }
 }
 
-TEST_CASE("gradients of layers with norms and k_equals_v agree with central differences to 1e-8") {
+TEST_CASE(
+    "gradients of layers with norms, rotation and k_equals_v agree with central differences to "
+    "1e-8") {
   std::mt19937_64 random = seeded_random();
   const Sizes s{7, 9, 3, 3, 4, 2};
   const std::pair<Norm, Norm> norms[] = {{Norm::none, Norm::none},
                                          {Norm::rms, Norm::l2},
                                          {Norm::layer, Norm::none},
                                          {Norm::none, Norm::rms}};
+  int turn = 0;
   for (const auto& [query_norm, key_norm] : norms) {
     for (const bool shared : {false, true}) {
-      CAPTURE(seed(), int(query_norm), int(key_norm), shared);
-      auto w = random_weights(6, 6, 6, s, random);
+      const bool rotated = turn++ % 3 != 0;  // with and without either of the others
+      CAPTURE(seed(), int(query_norm), int(key_norm), shared, rotated);
+      auto w = random_weights<double>(6, 6, 6, s, random);
       w.query_norm = query_norm;
       w.key_norm = key_norm;
       w.norm_epsilon = 0.1;
       if (query_norm != Norm::none) w.query_norm_weights.gain = random_matrix<double>(1, 3, random);
       if (key_norm != Norm::none) w.key_norm_weights.gain = random_matrix<double>(1, 6, random);
+      if (rotated) w.rotary = {.pairs = RotaryPairs::adjacent, .base = 10, .width = 2};
       if (shared) share_keys(w);
       auto p = block_of(w, true, random);
       p.block.pre_norm = p.block.post_norm = Norm::none;
@@ -160,7 +126,7 @@ TEST_CASE("gradients of layers with norms and k_equals_v agree with central diff
 
 TEST_CASE("layers and blocks give the gradients of terms with parameters, in both forms") {
   std::mt19937_64 random = seeded_random();
-  const auto w = random_weights(6, 6, 6, {7, 7, 3, 2, 2, 2}, random);
+  const auto w = random_weights<double>(6, 6, 6, {7, 7, 3, 2, 2, 2}, random);
   M bias = random_matrix<double>(7, 7, random);
   const auto check = [&](const auto& p) {
     const auto f = block_forward(p.x, p.block, {}, AdditiveBias{bias});
@@ -177,7 +143,7 @@ TEST_CASE("layers and blocks give the gradients of terms with parameters, in bot
 
 TEST_CASE("a block is its parts") {
   std::mt19937_64 random = seeded_random();
-  const auto w = random_weights(6, 5, 6, {7, 9, 3, 2, 2, 2}, random);
+  const auto w = random_weights<double>(6, 5, 6, {7, 9, 3, 2, 2, 2}, random);
   auto p = block_of(w, false, random);
   const NormOptions norm{.epsilon = 0.1};
   const M normed = layer_norm(p.x, p.block.pre_norm_weights, norm);
@@ -192,7 +158,7 @@ TEST_CASE("a block is its parts") {
 TEST_CASE("k_equals_v is the layer whose values are its keys, and merges") {
   std::mt19937_64 random = seeded_random();
   const auto x = random_matrix<double>(7, 6, random), y = random_matrix<double>(9, 5, random);
-  auto w = random_weights(6, 5, 4, {7, 9, 3, 3, 4, 2}, random);
+  auto w = random_weights<double>(6, 5, 4, {7, 9, 3, 3, 4, 2}, random);
   w.value = w.key;
   w.value_bias = w.key_bias;
   auto shared = w;
@@ -207,9 +173,50 @@ TEST_CASE("k_equals_v is the layer whose values are its keys, and merges") {
   CHECK(difference(layer_forward(x, y, w).out, layer_forward(x, y, shared).out) <= 1e-13);
 }
 
+TEST_CASE("a layer that rotates is its parts, at positions that are counted or given") {
+  std::mt19937_64 random = seeded_random();
+  const Sizes s{12, 12, 4, 4, 4, 2};
+  auto w = random_weights<double>(6, 5, 3, s, random);
+  w.key_norm = Norm::rms;
+  w.rotary = {.pairs = RotaryPairs::halves, .base = 30};
+  const auto x = random_matrix<double>(12, 6, random), y = random_matrix<double>(12, 5, random);
+  const M queries = (x * w.query).rowwise() + w.query_bias,
+          keys = (y * w.key).rowwise() + w.key_bias,
+          values = (y * w.value).rowwise() + w.value_bias,
+          normed = rms_norm(keys, {}, {.heads = 2});
+  const auto expected = [&](const auto& of_x, const auto& of_y, const M& v, const Options& how) {
+    const M q = rotate(queries, of_x, {.pairs = RotaryPairs::halves, .heads = 4, .base = 30}),
+            k = rotate(normed, of_y, {.pairs = RotaryPairs::halves, .heads = 2, .base = 30});
+    return M((attention(q, k, v, how) * w.output).rowwise() + w.output_bias);
+  };
+  const std::vector<double> times_of_x{0.5, 1, 1.5, 2, 7, 7.25, 8, 9, 9, 10, 11, 30.5},
+      times_of_y{-3, 0, 2, 2.5, 3, 4, 5, 6, 7, 8, 9, 10};
+  const LayerOptions given{.x_positions = times_of_x, .y_positions = times_of_y};
+  CHECK(difference(layer_forward(x, y, w, given).out,
+                   expected(times_of_x, times_of_y, values, {.heads = w.heads})) <= 1e-12);
+  // counted anew in each sequence
+  const std::vector<int> offsets{0, 5, 5, 12};
+  const std::vector<float> counted{0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6};
+  const M in_sequences =
+      expected(counted, counted, values, {.heads = w.heads, .sequences = offsets});
+  CHECK(difference(layer_forward(x, y, w, {.sequences = offsets}).out, in_sequences) <= 1e-12);
+  const LayerOptions both{.sequences = offsets, .x_positions = counted, .y_positions = counted};
+  CHECK(difference(layer_forward(x, y, w, both).out, in_sequences) <= 1e-12);
+  // positions of their own in the backward pass too
+  const auto g = random_matrix<double>(12, 3, random);
+  const auto f = layer_forward(x, y, w, given);
+  check_by_differences(
+      "y", [&](const M& at) { return layer_forward(x, at, w, given).out.cwiseProduct(g).sum(); }, y,
+      layer_backward(x, y, w, f, g, given).y);
+  // the values are the keys from before norm and rotation
+  share_keys(w);
+  CHECK(difference(layer_forward(x, y, w, given).out,
+                   expected(times_of_x, times_of_y, keys, {.heads = w.heads})) <= 1e-12);
+}
+
 TEST_CASE("layers: a batch is its sequences, and threads change no bit") {
   std::mt19937_64 random = seeded_random();
-  auto w = random_weights(6, 6, 5, {0, 0, 3, 2, 2, 2}, random);
+  auto w = random_weights<double>(6, 6, 5, {0, 0, 3, 2, 2, 2}, random);
   const auto merged = merge(w);
   const auto x = random_matrix<double>(24, 6, random), g = random_matrix<double>(24, 5, random);
   ThreadPool pool(3);
@@ -249,7 +256,7 @@ TEST_CASE(
   const Sizes s{9, 11, 3, 4, 4, 2};
   for (const bool causal : {false, true}) {
     CAPTURE(seed(), causal);
-    const auto w = random_weights(6, 5, 4, s, random);
+    const auto w = random_weights<double>(6, 5, 4, s, random);
     const auto x = random_matrix<double>(s.queries, 6, random),
                y = random_matrix<double>(s.keys, 5, random);
     const auto target = random_matrix<double>(s.queries, 4, random);
@@ -281,7 +288,7 @@ TEST_CASE(
 TEST_CASE("layers and blocks name what is wrong") {
   std::mt19937_64 random = seeded_random();
   const auto x = random_matrix<double>(4, 6, random);
-  auto w = random_weights(6, 6, 5, {0, 0, 3, 2, 2, 2}, random);
+  auto w = random_weights<double>(6, 6, 5, {0, 0, 3, 2, 2, 2}, random);
   CHECK_THROWS_WITH(block_forward(x, BlockWeights<StandardWeights<double>>{.layer = w}),
                     contains_text("x is 4×6 but must be as wide as the layer's output, 5"));
   auto normed = w;
@@ -298,4 +305,22 @@ TEST_CASE("layers and blocks name what is wrong") {
   CHECK_THROWS_WITH(layer_forward(x, x, normed), contains_text("weights.gain is 1×5"));
   CHECK_THROWS_WITH(layer_forward(x, x, w, {.sequences = Sequences::equal(3)}),
                     contains_text("do not divide into 3 equal sequences"));
+  const std::vector<int> places{0, 1, 2, 3}, few{0, 1};
+  CHECK_THROWS_WITH(layer_forward(x, x, w, {.x_positions = places, .y_positions = places}),
+                    contains_text("are for weights with a rotation"));
+  CHECK_THROWS_WITH(layer_forward(x, x, merge(w), {.x_positions = places, .y_positions = places}),
+                    contains_text("are for weights with a rotation"));
+  auto rotated = random_weights<double>(6, 6, 5, {0, 0, 4, 2, 2, 2}, random);
+  rotated.rotary = {.pairs = RotaryPairs::halves};
+  CHECK_THROWS_WITH(merge(rotated), contains_text("a rotation between projection and attention"));
+  CHECK_THROWS_WITH(layer_forward(x, x, rotated, {.x_positions = places}),
+                    contains_text("give both x_positions and y_positions, or neither"));
+  CHECK_THROWS_WITH(layer_forward(x, x, rotated, {.x_positions = places, .y_positions = few}),
+                    contains_text("y_positions must be one for each row of y, 4, but are 2"));
+  CHECK_THROWS_WITH(layer_forward(M(x.topRows(3)), x, rotated),
+                    contains_text("needs x_positions and y_positions where x and y have different "
+                                  "numbers of rows, but they have 3 and 4"));
+  rotated.rotary->width = 3;
+  CHECK_THROWS_WITH(layer_forward(x, x, rotated),
+                    contains_text("turned columns of a head must be an even number of at most 4"));
 }

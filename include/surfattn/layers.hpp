@@ -17,7 +17,9 @@ template <class Scalar>
 struct StandardLayerForward {
   Matrix<Scalar> out;                    ///< Tx × Dout
   Matrix<Scalar> queries, keys, values;  ///< what attends; no values with k_equals_v
-  Matrix<Scalar> raw_queries, raw_keys;  ///< before their norms; 0×0 where there is no norm
+  /// as projected: before their norms, and keys also where they are the values before a rotation;
+  /// 0×0 otherwise
+  Matrix<Scalar> raw_queries, raw_keys;
   Forward<Scalar> attention;
 };
 
@@ -35,6 +37,9 @@ struct LayerOptions {
   Executor* executor = nullptr;
   /// how the rows of x and y divide into sequences: the projections are of the whole batch at once
   Sequences sequences = {};
+  /// The positions of the rows of x and of y, where the weights rotate. Without them rows are counted
+  /// from 0 in each sequence, if that has as many rows of x as of y.
+  Positions x_positions = {}, y_positions = {};
 };
 
 /// Gradients of a loss with respect to a layer's inputs and weights. In self-attention, where x and
@@ -122,6 +127,44 @@ void require_projected(const Require& require, const char* name, const Matrix<Sc
   require.shape(name, extent(projected), {rows, cols}, from_layer_forward);
 }
 
+/// Positions belong to weights that rotate: one for each row of x and of y, or none, where each
+/// sequence has as many of both.
+inline void require_positions(const Require& require, bool rotates, const LayerOptions& options,
+                              const Shape& shape) {
+  const bool x_given = options.x_positions.is_given(), y_given = options.y_positions.is_given();
+  if (!rotates && (x_given || y_given))
+    require.fail("x_positions and y_positions are for weights with a rotation");
+  if (!rotates) return;
+  if (x_given != y_given) require.fail("give both x_positions and y_positions, or neither");
+  const auto check_count = [&](const char* name, Index count, const char* rows, Index expected) {
+    if (!x_given || count == expected) return;
+    require.fail(std::string(name) + " must be one for each row of " + rows + ", " +
+                 std::to_string(expected) + ", but are " + std::to_string(count));
+  };
+  check_count("x_positions", options.x_positions.size(), "x", shape.queries);
+  check_count("y_positions", options.y_positions.size(), "y", shape.keys);
+  for (Index s = 0; !x_given && s < shape.sequences.count(); ++s) {
+    const Shape one = shape.of_sequence(s);
+    if (one.queries == one.keys) continue;
+    require.about(one).fail("weights.rotary needs x_positions and y_positions where x and y have " +
+                            std::string("different numbers of rows, but they have ") +
+                            std::to_string(one.queries) + " and " + std::to_string(one.keys));
+  }
+}
+
+/// Checks weights, inputs, sequences and positions of a standard layer.
+template <class X, class Y, class Scalar>
+Shape standard_layer_shape(const Require& require, const X& x, const Y& y,
+                           const StandardWeights<Scalar>& weights, const LayerOptions& options) {
+  const Shape widths = layer_shape(weights, require);
+  require_layer_inputs(require, x, y, weights.query.rows(), weights.key.rows());
+  const Shape shape =
+      require.shapes({x.rows(), weights.query.cols()}, {y.rows(), weights.key.cols()},
+                     {y.rows(), widths.values_extent().cols}, weights.heads, options.sequences);
+  require_positions(require, weights.rotary.has_value(), options, shape);
+  return shape;
+}
+
 template <class Scalar>
 Options layer_options(const StandardWeights<Scalar>& weights, const LayerOptions& options) {
   return {.scale = weights.scale,
@@ -159,6 +202,18 @@ NormOptions key_norm_options(const StandardWeights<Scalar>& weights) {
           .heads = weights.heads.key_value.value_or(weights.heads.query)};
 }
 
+/// Whether keys and values of the attention are the same matrix.
+template <class Scalar>
+bool shares_keys(const StandardWeights<Scalar>& weights) {
+  return weights.k_equals_v && weights.key_norm == Norm::none && !weights.rotary;
+}
+
+/// Whether the keys are kept as they were projected, for a norm's backward or as values.
+template <class Scalar>
+bool keeps_raw_keys(const StandardWeights<Scalar>& weights) {
+  return weights.key_norm != Norm::none || (weights.k_equals_v && weights.rotary);
+}
+
 /// Q = norm(X·Wq + bq)
 template <class X, class Scalar>
 void project_queries(const StandardWeights<Scalar>& weights, const X& x,
@@ -175,7 +230,7 @@ template <class Y, class Scalar>
 void project_keys(const StandardWeights<Scalar>& weights, const Y& y,
                   StandardLayerForward<Scalar>& forward) {
   forward.keys = affine(y, weights.key, weights.key_bias);
-  if (weights.key_norm != Norm::none) {
+  if (keeps_raw_keys(weights)) {
     forward.raw_keys = std::move(forward.keys);
     forward.keys = normalize(weights.key_norm, forward.raw_keys, weights.key_norm_weights,
                              key_norm_options(weights));
@@ -188,13 +243,42 @@ template <class Scalar>
 const Matrix<Scalar>& layer_values(const StandardWeights<Scalar>& weights,
                                    const StandardLayerForward<Scalar>& forward) {
   if (!weights.k_equals_v) return forward.values;
-  return weights.key_norm == Norm::none ? forward.keys : forward.raw_keys;
+  return shares_keys(weights) ? forward.keys : forward.raw_keys;
 }
 
-/// Whether keys and values of the attention are the same matrix.
+/// Turns the rows of a matrix in place by their positions, or by those that its sequences count:
+/// `rows_of(sequence)` is the first of its rows and their number. `turn` is −1 for the way back.
+template <class Scalar, class RowsOf>
+void rotate_rows(const RotaryOptions& options, const Positions& positions, const Shape& shape,
+                 const RowsOf& rows_of, double turn, Matrix<Scalar>& matrix) {
+  const MatrixView<Scalar> all = view(matrix);
+  const Index width = options.width.value_or(matrix.cols() / options.heads);
+  if (positions.is_given()) {
+    const auto given = [&](Index row) { return positions[row]; };
+    return rotate<Scalar>(all, given, all, options, width, turn);
+  }
+  const auto counted = [](Index row) { return row; };
+  for (Index s = 0; s < shape.sequences.count(); ++s) {
+    const auto [first, count] = rows_of(shape.of_sequence(s));
+    const MatrixView<Scalar> rows = all.block_rows(first, count);
+    rotate<Scalar>(rows, counted, rows, options, width, turn);
+  }
+}
+
 template <class Scalar>
-bool shares_keys(const StandardWeights<Scalar>& weights) {
-  return weights.k_equals_v && weights.key_norm == Norm::none;
+void rotate_queries(const StandardWeights<Scalar>& weights, const LayerOptions& options,
+                    const Shape& shape, double turn, Matrix<Scalar>& queries) {
+  rotate_rows(
+      rotary_options(weights, shape.query_heads), options.x_positions, shape,
+      [](const Shape& one) { return std::pair(one.first_query, one.queries); }, turn, queries);
+}
+
+template <class Scalar>
+void rotate_keys(const StandardWeights<Scalar>& weights, const LayerOptions& options,
+                 const Shape& shape, double turn, Matrix<Scalar>& keys) {
+  rotate_rows(
+      rotary_options(weights, shape.key_value_heads), options.y_positions, shape,
+      [](const Shape& one) { return std::pair(one.first_key, one.keys); }, turn, keys);
 }
 
 template <class Scalar, class... Terms>
@@ -252,16 +336,22 @@ void require_standard_forward(const Require& require, const StandardWeights<Scal
     projected("forward.values", forward.values, y_rows, weights.value.cols());
   if (weights.query_norm != Norm::none)
     projected("forward.raw_queries", forward.raw_queries, x_rows, weights.query.cols());
-  if (weights.key_norm != Norm::none)
+  if (keeps_raw_keys(weights))
     projected("forward.raw_keys", forward.raw_keys, y_rows, weights.key.cols());
 }
 
-/// Pulls the gradients of queries and keys back through their norms, in place, and adds that of
-/// values which are the keys as projected.
+/// Pulls the gradients of queries and keys back through rotation and norms, in place, and adds that
+/// of values which are the keys as projected.
 template <class Scalar>
-void pull_back_norms(const StandardWeights<Scalar>& weights,
-                     const StandardLayerForward<Scalar>& forward,
-                     AttentionGradients<Scalar>& gradients, StandardWeights<Scalar>& of_weights) {
+void pull_back_to_projections(const StandardWeights<Scalar>& weights,
+                              const StandardLayerForward<Scalar>& forward,
+                              const LayerOptions& options, const Shape& shape,
+                              AttentionGradients<Scalar>& gradients,
+                              StandardWeights<Scalar>& of_weights) {
+  if (weights.rotary) {
+    rotate_queries(weights, options, shape, -1, gradients.queries);
+    rotate_keys(weights, options, shape, -1, gradients.keys);
+  }
   if (weights.query_norm != Norm::none) {
     auto normed = normalize_backward(weights.query_norm, forward.raw_queries, gradients.queries,
                                      weights.query_norm_weights, query_norm_options(weights));
@@ -273,8 +363,8 @@ void pull_back_norms(const StandardWeights<Scalar>& weights,
                                      weights.key_norm_weights, key_norm_options(weights));
     gradients.keys = std::move(normed.x);
     of_weights.key_norm_weights = std::move(normed.weights);
-    if (weights.k_equals_v) gradients.keys += gradients.values;
   }
+  if (weights.k_equals_v && !shares_keys(weights)) gradients.keys += gradients.values;
 }
 
 /// What a layer's gradient copies of its weights.
@@ -286,16 +376,18 @@ StandardWeights<Scalar> without_numbers(const StandardWeights<Scalar>& weights) 
   copy.query_norm = weights.query_norm;
   copy.key_norm = weights.key_norm;
   copy.norm_epsilon = weights.norm_epsilon;
+  copy.rotary = weights.rotary;
   copy.k_equals_v = weights.k_equals_v;
   return copy;
 }
 
 }  // namespace detail
 
-/// A standard layer: attention(X·Wq + bq, Y·Wk + bk, Y·Wv + bv)·Wo + bo, with norms of queries and
-/// keys and with k_equals_v as the weights say, for x: Tx × D and y: Ty × Dy, of one sequence or of a
-/// batch. `terms` as for `attention`. Allocates its result, the projections and a workspace. Errors:
-/// weights or inputs whose shapes do not fit together.
+/// A standard layer: attention(X·Wq + bq, Y·Wk + bk, Y·Wv + bv)·Wo + bo, with norms and rotation of
+/// queries and keys and with k_equals_v as the weights say, for x: Tx × D and y: Ty × Dy, of one
+/// sequence or of a batch. `terms` as for `attention`. Allocates its result, the projections and a
+/// workspace. Errors: weights or inputs whose shapes do not fit together; weights that rotate without
+/// positions where x and y differ in length, positions for weights that do not.
 template <class X, class Y, class Scalar, class... Terms>
 StandardLayerForward<Scalar> layer_forward(const X& x, const Y& y,
                                            const StandardWeights<Scalar>& weights,
@@ -303,11 +395,14 @@ StandardLayerForward<Scalar> layer_forward(const X& x, const Y& y,
                                            const Terms&... terms) {
   detail::check_inputs_at_compile_time<X, Y, Matrix<Scalar>>();
   constexpr detail::Require require("layer_forward");
-  detail::layer_shape(weights, require);
-  detail::require_layer_inputs(require, x, y, weights.query.rows(), weights.key.rows());
+  const detail::Shape shape = detail::standard_layer_shape(require, x, y, weights, options);
   StandardLayerForward<Scalar> forward;
   detail::project_queries(weights, detail::stored(x), forward);
   detail::project_keys(weights, detail::stored(y), forward);
+  if (weights.rotary) {
+    detail::rotate_queries(weights, options, shape, 1, forward.queries);
+    detail::rotate_keys(weights, options, shape, 1, forward.keys);
+  }
   forward.attention = detail::attend(weights, forward, options, terms...);
   forward.out = detail::affine(forward.attention.out, weights.output, weights.output_bias);
   return forward;
@@ -326,6 +421,7 @@ SurfaceLayerForward<Scalar> layer_forward(const X& x, const Y& y,
   constexpr detail::Require require("layer_forward");
   const Index width = detail::surface_width(weights, require);
   detail::require_layer_inputs(require, x, y, weights.metric.rows(), width);
+  detail::require_positions(require, false, options, {});
   const auto& from = detail::stored(x);
   const auto& to = detail::stored(y);
   SurfaceLayerForward<Scalar> forward;
@@ -346,8 +442,7 @@ void run_layer_backward(const X& x, const Y& y, const StandardWeights<Scalar>& w
                         const LayerOptions& options,
                         LayerGradients<StandardWeights<Scalar>>& gradients, const Terms&... terms) {
   constexpr Require require("layer_backward");
-  layer_shape(weights, require);
-  require_layer_inputs(require, x, y, weights.query.rows(), weights.key.rows());
+  const Shape shape = standard_layer_shape(require, x, y, weights, options);
   require.shape("grad_out", extent(grad_out), {x.rows(), weights.output.cols()},
                 "the shape of the layer's output");
   require_standard_forward(require, weights, forward, x.rows(), y.rows());
@@ -360,7 +455,7 @@ void run_layer_backward(const X& x, const Y& y, const StandardWeights<Scalar>& w
   of_weights.output_bias = bias_gradient(grad_out, weights.output_bias);
   auto inner = attend_backward(weights, forward, product(grad_out, weights.output.transpose()),
                                options, terms...);
-  pull_back_norms(weights, forward, inner, of_weights);
+  pull_back_to_projections(weights, forward, options, shape, inner, of_weights);
   // Q = X·Wq + bq
   of_weights.query = product(from.transpose(), inner.queries);
   of_weights.query_bias = bias_gradient(inner.queries, weights.query_bias);

@@ -3,6 +3,8 @@
 #pragma once
 
 #include <cmath>
+#include <cstdint>
+#include <cstring>
 #include <optional>
 #include <ranges>
 #include <string>
@@ -28,7 +30,7 @@ enum class RotaryPairs {
 
 struct RotaryOptions {
   RotaryPairs pairs;    ///< no choice is a safe default
-  Index heads = 1;      ///< blocks of columns of the matrix
+  Index heads = 1;      ///< blocks of columns of the matrix; in a layer, which knows them, not read
   double base = 10000;  ///< θ_c = base^(−2c/width), positive
   std::optional<Index> width =
       {};  ///< turned columns of each head, even; the first ones; all by default
@@ -41,6 +43,12 @@ template <class Positions>
 concept PositionRange = std::ranges::random_access_range<const Positions> &&
     std::ranges::sized_range<const Positions> &&
     std::is_arithmetic_v<std::ranges::range_value_t<const Positions>>;
+
+/// Such numbers side by side in memory, of the types that a view can hold.
+template <class Range>
+concept StoredPositions = PositionRange<Range> && std::ranges::contiguous_range<const Range> &&
+    (std::is_same_v<std::ranges::range_value_t<const Range>, float> ||
+     std::is_same_v<std::ranges::range_value_t<const Range>, double> || OffsetRange<const Range>);
 
 inline Index rotary_width(const Require& require, Extent input, Index positions,
                           const RotaryOptions& options) {
@@ -62,10 +70,10 @@ inline Index rotary_width(const Require& require, Extent input, Index positions,
   return width;
 }
 
-/// `turn` is 1, or −1 for the way back. Angles are formed in double: those of long sequences are
-/// large.
-template <class Scalar, class Positions>
-void rotate(MatrixView<const Scalar> from, const Positions& positions, MatrixView<Scalar> to,
+/// `position(i)` is that of row i; `turn` is 1, or −1 for the way back. Angles are formed in double:
+/// those of long sequences are large.
+template <class Scalar, class Position>
+void rotate(MatrixView<const Scalar> from, const Position& position, MatrixView<Scalar> to,
             const RotaryOptions& options, Index width, double turn) {
   using Sum = accumulator_t<Scalar>;
   const Index of_head = from.cols / options.heads, half = width / 2;
@@ -74,8 +82,7 @@ void rotate(MatrixView<const Scalar> from, const Positions& positions, MatrixVie
     const double frequency =
         turn * std::pow(options.base, -2 * static_cast<double>(c) / static_cast<double>(width));
     for (Index i = 0; i < from.rows; ++i) {
-      const auto position = std::ranges::begin(positions)[static_cast<std::ptrdiff_t>(i)];
-      const double angle = static_cast<double>(position) * frequency;
+      const double angle = static_cast<double>(position(i)) * frequency;
       const auto cosine = static_cast<Sum>(std::cos(angle)),
                  sine = static_cast<Sum>(std::sin(angle));
       for (Index first = 0; first < from.cols; first += of_head) {
@@ -103,10 +110,70 @@ void rotate_checked(const char* function, const Input& input, const Positions& p
                                    static_cast<Index>(std::ranges::size(positions)), options);
   require.shape("out", extent(out), extent(input), "the shape of the input");
   const auto& from = stored(input);
-  rotate<scalar_t<Input>>(view(from), positions, view(out), options, width, turn);
+  const auto position = [at = std::ranges::begin(positions)](Index row) {
+    return at[static_cast<std::ptrdiff_t>(row)];
+  };
+  rotate<scalar_t<Input>>(view(from), position, view(out), options, width, turn);
 }
 
 }  // namespace detail
+
+/// The positions of the rows of a matrix: a view of numbers side by side, signed integers of 32 or
+/// 64 bits, float or double (times need not be regular). They must outlive the call.
+class Positions {
+ public:
+  constexpr Positions() = default;
+
+  /// Implicit, so that `.x_positions = times` reads as it should.
+  template <detail::StoredPositions Range>
+  Positions(const Range& numbers)
+      : data_(std::ranges::data(numbers)),
+        size_(static_cast<Index>(std::ranges::size(numbers))),
+        kind_(kind_of<std::ranges::range_value_t<const Range>>()) {}
+
+  /// Temporary numbers would be gone before they are used.
+  template <detail::TemporaryRange Range>
+  requires detail::StoredPositions<Range> Positions(const Range&&)
+  = delete;
+
+  Index size() const { return size_; }
+  bool is_given() const { return data_ != nullptr || size_ > 0; }
+
+  double operator[](Index place) const {
+    switch (kind_) {
+      case Kind::int32:
+        return static_cast<double>(read<std::int32_t>(place));
+      case Kind::int64:
+        return static_cast<double>(read<std::int64_t>(place));
+      case Kind::float32:
+        return static_cast<double>(read<float>(place));
+      case Kind::float64:
+        break;
+    }
+    return read<double>(place);
+  }
+
+ private:
+  enum class Kind { int32, int64, float32, float64 };
+
+  template <class Number>
+  static constexpr Kind kind_of() {
+    if constexpr (std::is_integral_v<Number>)
+      return sizeof(Number) == 8 ? Kind::int64 : Kind::int32;
+    return sizeof(Number) == 8 ? Kind::float64 : Kind::float32;
+  }
+
+  template <class Number>
+  Number read(Index place) const {
+    Number number;
+    std::memcpy(&number, static_cast<const Number*>(data_) + place, sizeof number);
+    return number;
+  }
+
+  const void* data_ = nullptr;
+  Index size_ = 0;
+  Kind kind_ = Kind::int64;
+};
 
 /// The rows of `input`, T × (H·d), turned by their positions, into `out` of the same shape, without
 /// allocating. `out` may be the input itself, and otherwise overlaps none of it. `positions` is a

@@ -8,6 +8,7 @@
 #include <surfattn/detail/adapter.hpp>
 #include <surfattn/detail/require.hpp>
 #include <surfattn/norms.hpp>
+#include <surfattn/rotary.hpp>
 #include <surfattn/types.hpp>
 
 namespace surfattn {
@@ -18,9 +19,10 @@ namespace surfattn {
 ///     Q = X·Wq + bq,   K = Y·Wk + bk,   V = Y·Wv + bv,   layer(X, Y) = attention(Q, K, V)·Wo + bo.
 ///
 /// A bias of size 0 is absent. Queries and keys may be normalised after their projection, head by
-/// head, and the values may be the projected keys as they were before that norm (k_equals_v):
+/// head, and then rotated by their positions, and the values may be the projected keys as they were
+/// before both (k_equals_v):
 ///
-///     attention(norm(Q), norm(K), K)·Wo + bo.
+///     attention(rotate(norm(Q)), rotate(norm(K)), K)·Wo + bo.
 template <class Scalar>
 struct StandardWeights {
   Matrix<Scalar> query;   ///< Wq, D × (Hq·d)
@@ -40,7 +42,9 @@ struct StandardWeights {
   NormWeights<Scalar> query_norm_weights = {}, key_norm_weights = {};
   std::optional<double> norm_epsilon = {};  ///< as in NormOptions
 
-  bool k_equals_v = false;  ///< V = K as projected, before its norm; no Wv and no bv
+  std::optional<RotaryOptions> rotary = {};  ///< of queries and keys after their norms; see rotate
+
+  bool k_equals_v = false;  ///< V = K as projected, before norm and rotation; no Wv and no bv
 };
 
 /// The two weight matrices of an attention layer in the surface form, where the inputs Y themselves
@@ -72,6 +76,14 @@ inline void require_bias(const Require& require, const char* name, Index size, I
                std::to_string(expected) + ", or empty for none");
 }
 
+/// The rotation of a matrix of so many heads.
+template <class Scalar>
+RotaryOptions rotary_options(const StandardWeights<Scalar>& weights, Index heads) {
+  RotaryOptions options = *weights.rotary;
+  options.heads = heads;
+  return options;
+}
+
 /// The sizes of a standard layer: a problem with no tokens yet.
 template <class Scalar>
 Shape layer_shape(const StandardWeights<Scalar>& weights, const Require& require) {
@@ -95,6 +107,10 @@ Shape layer_shape(const StandardWeights<Scalar>& weights, const Require& require
                weights.k_equals_v ? 0 : weights.value.cols());
   require_bias(require, "weights.output_bias", weights.output_bias.size(), weights.output.cols());
   require.finite("weights.scale", weights.scale);
+  if (weights.rotary) {
+    rotary_width(require, extent(weights.query), weights.query.rows(),
+                 rotary_options(weights, shape.query_heads));
+  }
   return shape;
 }
 
@@ -127,10 +143,11 @@ Index surface_width(const SurfaceWeights<Scalar>& weights, const Require& requir
 ///     A_h = Wq_h·Wk_gᵀ,   g_h = bq_h·Wk_gᵀ,   B_h = Wv_g·Wo_h,   r_h = bv_g·Wo_h.
 ///
 /// bk adds the same number to all scores of a query and cancels; bv adds r_h because weights sum to
-/// 1, but for a query that sees no key. With k_equals_v, Wv = Wk and bv = bk. Time and memory O(H·D·Dy·d). Every head's surface is Dy
-/// wide where its keys were d wide, so merging pays where d is not much smaller than Dy, and
-/// wherever the cache counts. Errors: weights whose shapes do not fit together; a scale that is not
-/// positive, which no bandwidth has; a norm of queries or keys. Source: Sanger 2026, arXiv:2602.02521.
+/// 1, but for a query that sees no key. With k_equals_v, Wv = Wk and bv = bk. Time and memory
+/// O(H·D·Dy·d). Every head's surface is Dy wide where its keys were d wide, so merging pays where d
+/// is not much smaller than Dy, and wherever the cache counts. Errors: weights whose shapes do not fit together; a scale that is not
+/// positive, which no bandwidth has; a norm or a rotation of queries or keys. Source: Sanger 2026,
+/// arXiv:2602.02521.
 template <class Scalar>
 SurfaceWeights<Scalar> merge(const StandardWeights<Scalar>& weights) {
   constexpr detail::Require require("merge");
@@ -138,6 +155,8 @@ SurfaceWeights<Scalar> merge(const StandardWeights<Scalar>& weights) {
   require.positive("weights.scale", weights.scale);
   if (weights.query_norm != Norm::none || weights.key_norm != Norm::none)
     require.fail("weights with a norm between projection and attention do not merge");
+  if (weights.rotary)
+    require.fail("weights with a rotation between projection and attention do not merge");
   const Index width = weights.key.rows(), d = shape.head_dim, dv = shape.value_dim;
   const Matrix<Scalar>& value = weights.k_equals_v ? weights.key : weights.value;
   const RowVector<Scalar>& value_bias = weights.k_equals_v ? weights.key_bias : weights.value_bias;
