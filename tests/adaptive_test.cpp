@@ -1,8 +1,7 @@
 // Diagonal metrics and bandwidths for each head or query: against the reference, by central differences, and errors.
 #include <surfattn/adaptive.hpp>
-#include <surfattn/gradcheck.hpp>
 
-#include "support/problem.hpp"
+#include "support/differences.hpp"
 
 using namespace surfattn;
 using namespace surfattn::test;
@@ -13,14 +12,6 @@ using M = Matrix<double>;
 using Row = RowVector<double>;
 
 const Sizes adaptive_sizes[] = {{3, 7, 2, 2}, {5, 6, 3, 3, 4, 2}, {2, 40, 3, 3, 2, 1}};
-
-template <class Point, class Analytic, class Function>
-void check_by_differences(const char* name, const Function& loss, const Point& at,
-                          const Analytic& analytic) {
-  const auto check = check_gradient(loss, at, analytic, {.tolerance = 1e-8});
-  INFO(name << ": " << check);
-  CHECK(check.passed());
-}
 
 double difference(const M& a, const M& b) { return (a - b).cwiseAbs().maxCoeff(); }
 
@@ -99,18 +90,9 @@ TEST_CASE("gradients of project_metric agree with central differences to 1e-8") 
       check_by_differences(
           "metric", [&](const Row& x) { return loss(p.queries, p.keys, x, options); }, metric,
           g.metric);
-      const auto with = [&](const auto& change) {
-        SurfaceOptions moved = options;
-        change(moved);
-        return loss(p.queries, p.keys, metric, moved);
-      };
-      check_by_differences(
-          "bandwidth", [&](double x) { return with([&](auto& o) { o.bandwidth = x; }); }, 1.2,
-          g.bandwidth);
-      if (kind >= 2) continue;
-      check_by_differences(
-          "log prior", [&](const M& x) { return with([&](auto& o) { o.prior = x; }); }, p.log_prior,
-          g.log_prior);
+      check_options_by_differences(
+          [&](const SurfaceOptions& o) { return loss(p.queries, p.keys, metric, o); }, options, p,
+          g.bandwidth, g.log_prior);
     }
   }
 }
@@ -159,14 +141,9 @@ TEST_CASE("gradients of project_bandwidths agree with central differences to 1e-
       check_by_differences(
           "bandwidths", [&](const M& x) { return loss(p.queries, p.keys, x, options); }, bandwidths,
           g.bandwidths);
-      check_by_differences(
-          "log prior",
-          [&](const M& x) {
-            SurfaceOptions moved = options;
-            moved.prior = x;
-            return loss(p.queries, p.keys, bandwidths, moved);
-          },
-          prior, g.log_prior);
+      check_options_by_differences(
+          [&](const SurfaceOptions& o) { return loss(p.queries, p.keys, bandwidths, o); }, options,
+          p, 0, g.log_prior);
     }
   }
 }

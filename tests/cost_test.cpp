@@ -3,7 +3,7 @@
 #include <surfattn/split_weights.hpp>
 #include <surfattn/surfattn.hpp>
 
-#include "support/problem.hpp"
+#include "support/layer_weights.hpp"
 
 using namespace surfattn;
 using namespace surfattn::test;
@@ -127,28 +127,10 @@ TEST_CASE("layer_cost names what is wrong") {
   CHECK_THROWS_WITH(layer_cost(Form::surface, size, Use::prompt), contains_text("multiple"));
 }
 
-namespace {
-
-StandardWeights<double> layer_weights(Index d, Index dv, std::mt19937_64& random) {
-  const auto weight = [&](Index rows, Index cols) {
-    return Matrix<double>(random_matrix<double>(rows, cols, random) / std::sqrt(double(rows)));
-  };
-  StandardWeights<double> w{weight(9, 3 * d), weight(8, 3 * d), weight(8, 3 * dv),
-                            weight(3 * dv, 7)};
-  w.query_bias = random_matrix<double>(1, 3 * d, random);
-  w.key_bias = random_matrix<double>(1, 3 * d, random);
-  w.value_bias = random_matrix<double>(1, 3 * dv, random);
-  w.output_bias = random_matrix<double>(1, 7, random);
-  w.heads = {.query = 3};
-  return w;
-}
-
-}  // namespace
-
 TEST_CASE(
     "split undoes merge exactly where the heads are wide enough, and says its error where not") {
   std::mt19937_64 random = seeded_random();
-  const auto w = layer_weights(4, 3, random);
+  const auto w = random_weights<double>(9, 8, 7, {0, 0, 4, 3, 3, 3}, random);
   const auto merged = merge(w);
   const Matrix<double> x = random_matrix<double>(11, 9, random),
                        y = random_matrix<double>(13, 8, random);
@@ -171,7 +153,7 @@ TEST_CASE(
       b << back.metric.middleCols(8 * h, 8), back.metric_bias.segment(8 * h, 8);
       CHECK(narrow.metric_error[h] == Approx((a - b).norm() / a.norm()));
       // Eckart and Young: what is left out are the smallest singular values
-      const auto values = Eigen::JacobiSVD<Matrix<double>>(a).singularValues().eval();
+      const auto values = Eigen::BDCSVD<Matrix<double>>(a).singularValues().eval();
       CHECK((a - b).norm() == Approx(values.tail(values.size() - rank).norm()));
     }
     CHECK(narrow.metric_error.maxCoeff() > before);

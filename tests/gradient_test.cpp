@@ -1,8 +1,7 @@
 // Gradients of the engine's own path: by central differences, and by automatic differentiation of the reference.
-#include <surfattn/gradcheck.hpp>
 #include <unsupported/Eigen/AutoDiff>
 
-#include "support/problem.hpp"
+#include "support/differences.hpp"
 
 using namespace surfattn;
 using namespace surfattn::test;
@@ -13,14 +12,6 @@ const Sizes gradient_sizes[] = {{1, 1, 1, 1},         {3, 7, 2, 5},   {9, 5, 4, 
                                 {17, 19, 3, 2, 4, 2}, {2, 131, 2, 2}, {133, 3, 2, 1}};
 
 double product(const Matrix<double>& a, const Matrix<double>& b) { return a.cwiseProduct(b).sum(); }
-
-template <class Analytic, class Function>
-void check_by_differences(const char* name, const Function& loss, const Matrix<double>& at,
-                          const Analytic& analytic) {
-  const auto check = check_gradient(loss, at, analytic, {.tolerance = 1e-8});
-  INFO(name << ": " << check);
-  CHECK(check.passed());
-}
 
 template <class... Terms>
 void check_standard_gradients(const Problem<double>& p, const Terms&... terms) {
@@ -51,24 +42,8 @@ void check_surface_gradients(const Problem<double>& p, const SurfaceOptions& opt
       "queries", [&](const auto& x) { return loss(x, p.keys, options); }, p.queries, g.queries);
   check_by_differences(
       "keys", [&](const auto& x) { return loss(p.queries, x, options); }, p.keys, g.keys);
-  const auto of_bandwidth = [&](double bandwidth) {
-    SurfaceOptions moved = options;
-    moved.bandwidth = bandwidth;
-    return loss(p.queries, p.keys, moved);
-  };
-  const auto check =
-      check_gradient(of_bandwidth, *options.bandwidth, g.bandwidth, {.tolerance = 1e-8});
-  INFO("bandwidth: " << check);
-  CHECK(check.passed());
-  if (!options.prior.is_explicit()) return;
-  const auto of_prior = [&](const auto& prior) {
-    SurfaceOptions moved = options;
-    moved.prior = prior;
-    return loss(p.queries, p.keys, moved);
-  };
-  const Matrix<double> prior =
-      options.prior.cols() == 1 ? Matrix<double>(p.log_prior.leftCols(1)) : p.log_prior;
-  check_by_differences("log prior", of_prior, prior, g.log_prior);
+  check_options_by_differences([&](const SurfaceOptions& o) { return loss(p.queries, p.keys, o); },
+                               options, p, g.bandwidth, g.log_prior);
 }
 
 }  // namespace

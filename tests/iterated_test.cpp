@@ -3,10 +3,9 @@
 #include "support/no_allocation.hpp"  // before all that includes Eigen
 // clang-format on
 
-#include <surfattn/gradcheck.hpp>
 #include <surfattn/iterated.hpp>
 
-#include "support/problem.hpp"
+#include "support/differences.hpp"
 #include "support/surfaces.hpp"
 
 using namespace surfattn;
@@ -52,26 +51,20 @@ TEST_CASE("gradients of project_iterated agree with central differences to 1e-8"
       const auto forward = project_iterated_forward(p.queries, p.keys, iteration, options, causal);
       const auto g = project_iterated_backward(p.queries, p.keys, iteration, forward,
                                                p.grad_projection, options, causal);
-      const GradientCheckOptions<double> tolerance{.tolerance = 1e-8};
       using M = Matrix<double>;
-      CHECK(check_gradient([&](const M& x) { return loss(x, p.keys, iteration, options); },
-                           p.queries, g.queries, tolerance));
-      CHECK(check_gradient([&](const M& x) { return loss(p.queries, x, iteration, options); },
-                           p.keys, g.keys, tolerance));
-      CHECK(check_gradient(
+      check_by_differences(
+          "queries", [&](const M& x) { return loss(x, p.keys, iteration, options); }, p.queries,
+          g.queries);
+      check_by_differences(
+          "keys", [&](const M& x) { return loss(p.queries, x, iteration, options); }, p.keys,
+          g.keys);
+      check_by_differences(
+          "step size",
           [&](double x) { return loss(p.queries, p.keys, {.steps = 3, .step_size = x}, options); },
-          0.7, g.step_size, tolerance));
-      const auto with = [&](const auto& change) {
-        SurfaceOptions moved = options;
-        change(moved);
-        return loss(p.queries, p.keys, iteration, moved);
-      };
-      CHECK(check_gradient([&](double x) { return with([&](auto& o) { o.bandwidth = x; }); }, 1.3,
-                           g.bandwidth, tolerance));
-      if (prior < 2) continue;
-      const M weights = prior == 3 ? M(shared_prior) : p.log_prior;
-      CHECK(check_gradient([&](const M& x) { return with([&](auto& o) { o.prior = x; }); }, weights,
-                           g.log_prior, tolerance));
+          0.7, g.step_size);
+      check_options_by_differences(
+          [&](const SurfaceOptions& o) { return loss(p.queries, p.keys, iteration, o); }, options,
+          p, g.bandwidth, g.log_prior);
     }
   }
 }

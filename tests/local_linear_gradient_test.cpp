@@ -1,8 +1,7 @@
 // Gradients of the local-linear estimate by central differences, on the fast path itself.
-#include <surfattn/gradcheck.hpp>
 #include <surfattn/local_linear.hpp>
 
-#include "support/problem.hpp"
+#include "support/differences.hpp"
 
 using namespace surfattn;
 using namespace surfattn::test;
@@ -11,14 +10,6 @@ namespace {
 
 const Sizes gradient_sizes[] = {{1, 1, 1, 1},        {3, 7, 2, 5},   {9, 5, 4, 3, 2, 1},
                                 {7, 19, 3, 2, 4, 2}, {2, 131, 2, 2}, {70, 4, 2, 1}};
-
-template <class Point, class Analytic, class Function>
-void check_by_differences(const char* name, const Function& loss, const Point& at,
-                          const Analytic& analytic) {
-  const auto check = check_gradient(loss, at, analytic, {.tolerance = 1e-8});
-  INFO(name << ": " << check);
-  CHECK(check.passed());
-}
 
 /// `estimate(q, k, v, ridge, options)` gives f, `g` its gradients for the upstream gradient `grad_out`.
 template <class Estimate>
@@ -44,19 +35,9 @@ void check_gradients(const Problem<double>& p, double ridge, const SurfaceOption
   check_by_differences(
       "ridge", [&](double x) { return loss(p.queries, p.keys, p.values, x, options); }, ridge,
       g.ridge);
-  const auto with = [&](const auto& change) {
-    SurfaceOptions moved = options;
-    change(moved);
-    return loss(p.queries, p.keys, p.values, ridge, moved);
-  };
-  check_by_differences(
-      "bandwidth", [&](double x) { return with([&](auto& o) { o.bandwidth = x; }); },
-      *options.bandwidth, g.bandwidth);
-  if (!options.prior.is_explicit()) return;
-  const M prior = options.prior.cols() == 1 ? M(p.log_prior.leftCols(1)) : p.log_prior;
-  check_by_differences(
-      "log prior", [&](const M& x) { return with([&](auto& o) { o.prior = x; }); }, prior,
-      g.log_prior);
+  check_options_by_differences(
+      [&](const SurfaceOptions& o) { return loss(p.queries, p.keys, p.values, ridge, o); }, options,
+      p, g.bandwidth, g.log_prior);
 }
 
 template <class... Terms>
