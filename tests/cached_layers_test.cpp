@@ -1,5 +1,6 @@
 // Decoding with a cache gives what the layer gives for all tokens at once, in both forms.
 #include <surfattn/cached_layers.hpp>
+#include <vector>
 
 #include "support/catch.hpp"
 #include "support/layer_weights.hpp"
@@ -13,28 +14,46 @@ using M = Matrix<double>;
 
 /// Layers of both forms that are one function, and standard ones that do not merge.
 struct Layers {
-  StandardWeights<double> standard, normed, shared, normed_and_shared;
+  StandardWeights<double> standard, normed, rotated, shared, normed_and_shared;
   SurfaceWeights<double> merged;
 
   explicit Layers(std::mt19937_64& random)
-      : standard(random_weights<double>(6, 6, 6, {0, 0, 4, 3, 4, 2}, random)), merged(merge(standard)) {
+      : standard(random_weights<double>(6, 6, 6, {0, 0, 4, 3, 4, 2}, random)),
+        merged(merge(standard)) {
     normed = standard;
     normed.query_norm = normed.key_norm = Norm::rms;
+    rotated = normed;
+    rotated.rotary = RotaryOptions{RotaryPairs::halves};
     shared = random_weights<double>(6, 6, 6, {0, 0, 4, 4, 4, 2}, random);
     share_keys(shared);
     normed_and_shared = shared;
     normed_and_shared.query_norm = normed_and_shared.key_norm = Norm::l2;
+    normed_and_shared.rotary = RotaryOptions{RotaryPairs::adjacent};
   }
 
   template <class Use>
   void each(const Use& use) const {
     use("standard", standard);
     use("normed", normed);
+    use("rotated", rotated);
     use("k_equals_v", shared);
     use("normed, k_equals_v", normed_and_shared);
     use("merged", merged);
   }
 };
+
+template <class Weights>
+bool rotates(const Weights& weights) {
+  return detail::rotates(weights);
+}
+
+/// Positions of x and y, for weights that rotate.
+template <class Weights>
+LayerOptions at(const Weights& weights, const std::vector<double>& of_x,
+                const std::vector<double>& of_y) {
+  if (!rotates(weights)) return {};
+  return {.x_positions = of_x, .y_positions = of_y};
+}
 
 double difference(const M& a, const M& b) {
   REQUIRE(a.rows() == b.rows());
@@ -80,18 +99,23 @@ TEST_CASE("A window is a sliding window", "[cache]") {
 TEST_CASE("Cross-attention to a cache, and beams that share it", "[cache]") {
   std::mt19937_64 random = seeded_random();
   const M x = random_matrix<double>(5, 6, random), y = random_matrix<double>(9, 6, random);
+  const std::vector<double> x_positions{2, 0, 7.5, 3, 1}, counted{0, 1, 2, 3, 4, 5, 6, 7, 8};
   Layers(random).each([&](const char* name, const auto& weights) {
     CAPTURE(seed(), name);
     auto cache = layer_cache(weights);
     layer_append(y.topRows(4), weights, cache);
     layer_append(y.bottomRows(5), weights, cache);
-    CHECK(difference(layer_attend(x, weights, cache), layer_forward(x, y, weights).out) <= 1e-13);
-    CHECK(difference(layer_attend(x, weights, cache, {}, KeyLengths(6)),
-                     layer_forward(x, y, weights, {}, KeyLengths(6)).out) <= 1e-13);
+    const LayerOptions options = at(weights, x_positions, counted);
+    const TokenOptions tokens{.positions = options.x_positions};
+    const M expected = layer_forward(x, y, weights, options).out;
+    CHECK(difference(layer_attend(x, weights, cache, tokens), expected) <= 1e-13);
+    CHECK(difference(layer_attend(x, weights, cache, tokens, KeyLengths(6)),
+                     layer_forward(x, y, weights, options, KeyLengths(6)).out) <= 1e-13);
     auto beam = cache.fork();
     layer_decode(x, weights, beam);
     CHECK(beam.size() == 14);
-    CHECK(difference(layer_attend(x, weights, cache), layer_forward(x, y, weights).out) <= 1e-13);
+    CHECK(beam.appended() == 14);
+    CHECK(difference(layer_attend(x, weights, cache, tokens), expected) <= 1e-13);
   });
 }
 
@@ -107,6 +131,7 @@ TEST_CASE("Blocks decode with their norms and residual", "[cache]") {
     for (Index t = 0; t < 12; ++t)
       CHECK(difference(block_decode(x.row(t), block, past), whole.row(t)) <= 1e-13);
     layer_append(y, weights, encoded);
+    if (rotates(weights)) return;
     CHECK(difference(block_attend(x, block, encoded), block_forward(x, y, block).out) <= 1e-13);
   });
 }
@@ -135,6 +160,16 @@ TEST_CASE("A cache that does not fit its layer is refused", "[cache]") {
   CHECK_THROWS_WITH(layer_attend(x, layers.standard, cache),
                     "surfattn::Surface::attend: the cache is empty: append keys first");
   CHECK_THROWS_AS(layer_decode(M(2, 5), layers.standard, cache), std::invalid_argument);
+  const std::vector<double> positions{1, 2, 3};
+  CHECK_THROWS_WITH(layer_append(x, layers.standard, cache, {.positions = positions}),
+                    "surfattn::layer_append: positions are for weights with a rotation");
+  auto rotated = layer_cache(layers.rotated);
+  CHECK_THROWS_WITH(
+      layer_append(x, layers.rotated, rotated, {.positions = positions}),
+      "surfattn::layer_append: positions must be one for each row of y, 2, but are 3");
+  layer_append(x, layers.rotated, rotated);
+  CHECK_THROWS_WITH(layer_attend(x, layers.rotated, rotated),
+                    "surfattn::layer_attend: weights.rotary needs the positions of x");
   CHECK(cache.is_empty());
 }
 

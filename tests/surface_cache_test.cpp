@@ -358,6 +358,7 @@ TEST_CASE("A saved cache comes back, bit for bit", "[cache]") {
     CHECK(same_bits(back.keys(), cache.keys()));
     CHECK(same_bits(back.values(), cache.values()));
     CHECK(back.window() == cache.window());
+    CHECK(back.appended() == cache.appended());
     CHECK((back.attend(p.queries) - cache.attend(p.queries)).cwiseAbs().maxCoeff() <= 1e-6f);
     back.append(p.keys.topRows(10), p.values.topRows(10));
     const auto surface =

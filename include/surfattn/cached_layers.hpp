@@ -20,7 +20,7 @@
 ///
 /// A layer in the surface form keeps its inputs, Dy numbers a token for keys and values of all heads
 /// together; a standard layer keeps its projected keys and values, Hkv·(d + dv) numbers, or the keys
-/// alone with k_equals_v and no norm of keys.
+/// alone with k_equals_v and neither norm nor rotation of keys.
 namespace surfattn {
 
 /// The memory of a layer's cache, as in CacheOptions.
@@ -29,7 +29,35 @@ struct LayerCacheOptions {
   std::optional<Index> window = {};
 };
 
+/// Options of a call that appends tokens to a layer's cache, or reads it.
+struct TokenOptions {
+  /// who runs the tasks of the attention; the calling thread alone where there is none
+  Executor* executor = nullptr;
+  /// The positions of the tokens, one for each row, for weights that rotate; without them, appended
+  /// tokens are counted on from those before them.
+  Positions positions = {};
+};
+
 namespace detail {
+
+/// The positions of some tokens: as given from row `first` on, or counted from `first` on.
+struct TokenPositions {
+  Positions given;
+  Index first = 0;
+
+  double operator()(Index row) const {
+    return given.is_given() ? given[first + row] : static_cast<double>(first + row);
+  }
+};
+
+template <class Scalar>
+void rotate_tokens(const StandardWeights<Scalar>& weights, Index heads,
+                   const TokenPositions& positions, Matrix<Scalar>& matrix) {
+  if (!weights.rotary) return;
+  const RotaryOptions options = rotary_options(weights, heads);
+  const MatrixView<Scalar> all = view(matrix);
+  rotate<Scalar>(all, positions, all, options, options.width.value_or(matrix.cols() / heads), 1);
+}
 
 template <class Scalar>
 Surface<Scalar> make_cache(const StandardWeights<Scalar>& weights, const LayerCacheOptions& options,
@@ -72,9 +100,11 @@ void require_cache(const Require& require, const Weights& weights, const Surface
 }
 
 template <class Y, class Scalar>
-void append_tokens(const Y& y, const StandardWeights<Scalar>& weights, Surface<Scalar>& cache) {
+void append_tokens(const Y& y, const StandardWeights<Scalar>& weights,
+                   const TokenPositions& positions, Surface<Scalar>& cache) {
   StandardLayerForward<Scalar> projected;
   project_keys(weights, y, projected);
+  rotate_tokens(weights, key_norm_options(weights).heads, positions, projected.keys);
   if (cache.values_are_keys()) {
     cache.append(projected.keys);
   } else {
@@ -83,24 +113,26 @@ void append_tokens(const Y& y, const StandardWeights<Scalar>& weights, Surface<S
 }
 
 template <class Y, class Scalar>
-void append_tokens(const Y& y, const SurfaceWeights<Scalar>&, Surface<Scalar>& cache) {
+void append_tokens(const Y& y, const SurfaceWeights<Scalar>&, const TokenPositions&,
+                   Surface<Scalar>& cache) {
   cache.append(y);
 }
 
 template <class X, class Scalar, class... Terms>
 Matrix<Scalar> attend_to_cache(const X& x, const StandardWeights<Scalar>& weights,
-                               const Surface<Scalar>& cache, const QueryOptions& options,
-                               const Terms&... terms) {
+                               const TokenPositions& positions, const Surface<Scalar>& cache,
+                               const QueryOptions& options, const Terms&... terms) {
   StandardLayerForward<Scalar> projected;
   project_queries(weights, x, projected);
+  rotate_tokens(weights, weights.heads.query, positions, projected.queries);
   return affine(cache.attend(projected.queries, options, terms...), weights.output,
                 weights.output_bias);
 }
 
 template <class X, class Scalar, class... Terms>
 Matrix<Scalar> attend_to_cache(const X& x, const SurfaceWeights<Scalar>& weights,
-                               const Surface<Scalar>& cache, const QueryOptions& options,
-                               const Terms&... terms) {
+                               const TokenPositions&, const Surface<Scalar>& cache,
+                               const QueryOptions& options, const Terms&... terms) {
   const auto projection =
       cache.attend_forward(affine(x, weights.metric, weights.metric_bias), options, terms...);
   Matrix<Scalar> out = affine(projection.out, weights.readout, weights.output_bias);
@@ -125,10 +157,29 @@ Index key_input_width(const SurfaceWeights<Scalar>& weights) {
   return weights.metric.cols() / weights.heads;
 }
 
-template <class Input>
-void require_tokens(const Require& require, const char* name, const Input& rows, Index width) {
+template <class Scalar>
+bool rotates(const StandardWeights<Scalar>& weights) {
+  return weights.rotary.has_value();
+}
+template <class Scalar>
+bool rotates(const SurfaceWeights<Scalar>&) {
+  return false;
+}
+
+/// Checks the tokens of one call; `can_count` where positions need not be given.
+template <class Input, class Weights>
+void require_tokens(const Require& require, const char* name, const Input& rows, Index width,
+                    const Weights& weights, const Positions& positions, bool can_count) {
   require.shape(name, extent(rows), {static_cast<Index>(rows.rows()), width},
                 "the width that the weights take");
+  if (!rotates(weights) && positions.is_given())
+    require.fail("positions are for weights with a rotation");
+  if (rotates(weights) && !positions.is_given() && !can_count)
+    require.fail(std::string("weights.rotary needs the positions of ") + name);
+  if (positions.is_given() && positions.size() != rows.rows()) {
+    require.fail(std::string("positions must be one for each row of ") + name + ", " +
+                 std::to_string(rows.rows()) + ", but are " + std::to_string(positions.size()));
+  }
 }
 
 /// post_norm(x + attend(pre_norm(x))), each part as far as the weights name it.
@@ -152,50 +203,59 @@ auto layer_cache(const Weights& weights, const LayerCacheOptions& options = {}) 
 }
 
 /// Appends the tokens y: m × Dy to a layer's cache: their keys and values, or in the surface form y
-/// itself. Errors: a cache that was made for other weights, a y of another width.
+/// itself. Errors: a cache that was made for other weights, a y of another width, positions that are
+/// not one for each row.
 template <class Y, class Weights, class Scalar>
-void layer_append(const Y& y, const Weights& weights, Surface<Scalar>& cache) {
+void layer_append(const Y& y, const Weights& weights, Surface<Scalar>& cache,
+                  const TokenOptions& options = {}) {
   constexpr detail::Require require("layer_append");
   detail::check_inputs_at_compile_time<Y, Matrix<Scalar>>();
   detail::require_cache(require, weights, cache);
-  detail::require_tokens(require, "y", y, detail::key_input_width(weights));
-  detail::append_tokens(detail::stored(y), weights, cache);
+  detail::require_tokens(require, "y", y, detail::key_input_width(weights), weights,
+                         options.positions, true);
+  const detail::TokenPositions positions{options.positions,
+                                         options.positions.is_given() ? 0 : cache.appended()};
+  detail::append_tokens(detail::stored(y), weights, positions, cache);
 }
 
 /// What layer_forward gives for x: Tx × D and the tokens that the cache holds. Terms count keys from
 /// the oldest that is held. Allocates the result, the queries and a workspace. Errors: a cache made
-/// for other weights, or an empty one; an x of another width.
+/// for other weights, or an empty one; an x of another width; weights that rotate and no positions.
 template <class X, class Weights, class Scalar, class... Terms>
 Matrix<Scalar> layer_attend(const X& x, const Weights& weights, const Surface<Scalar>& cache,
-                            const QueryOptions& options = {}, const Terms&... terms) {
+                            const TokenOptions& options = {}, const Terms&... terms) {
   constexpr detail::Require require("layer_attend");
   detail::check_inputs_at_compile_time<X, Matrix<Scalar>>();
   detail::require_cache(require, weights, cache);
-  detail::require_tokens(require, "x", x, detail::query_input_width(weights));
-  return detail::attend_to_cache(detail::stored(x), weights, cache, options, terms...);
+  detail::require_tokens(require, "x", x, detail::query_input_width(weights), weights,
+                         options.positions, false);
+  return detail::attend_to_cache(detail::stored(x), weights, {options.positions}, cache,
+                                 {options.executor}, terms...);
 }
 
 /// The next tokens x: m × D of causal self-attention: each sees those before it, which the cache
 /// holds, and itself. The same rows as layer_forward(all, all, weights, {}, Causal{…}, terms…) gives
 /// for all tokens so far. They are appended to the cache; where its window is too small for all of
-/// them, one by one, so that each sees as many tokens as the window has. Errors as for layer_attend.
+/// them, one by one, so that each sees as many tokens as the window has. Errors as for layer_append.
 template <class X, class Weights, class Scalar, class... Terms>
 Matrix<Scalar> layer_decode(const X& x, const Weights& weights, Surface<Scalar>& cache,
-                            const QueryOptions& options = {}, const Terms&... terms) {
+                            const TokenOptions& options = {}, const Terms&... terms) {
   constexpr detail::Require require("layer_decode");
   detail::check_inputs_at_compile_time<X, Matrix<Scalar>>();
   detail::require_cache(require, weights, cache);
-  detail::require_tokens(require, "x", x, detail::query_input_width(weights));
-  detail::require_tokens(require, "x", x, detail::key_input_width(weights));
+  for (const Index width : {detail::query_input_width(weights), detail::key_input_width(weights)})
+    detail::require_tokens(require, "x", x, width, weights, options.positions, true);
   const auto& tokens = detail::stored(x);
   const bool at_once = !cache.window() || cache.size() + tokens.rows() <= *cache.window();
   const Index step = at_once ? std::max<Index>(tokens.rows(), 1) : 1;
   Matrix<Scalar> out(tokens.rows(), detail::output_width(weights));
   for (Index first = 0; first < tokens.rows(); first += step) {
     const auto next = tokens.middleRows(first, step);
-    detail::append_tokens(next, weights, cache);
-    out.middleRows(first, step) = detail::attend_to_cache(next, weights, cache, options,
-                                                          Causal{Align::bottom_right}, terms...);
+    const detail::TokenPositions positions{options.positions,
+                                           options.positions.is_given() ? first : cache.appended()};
+    detail::append_tokens(next, weights, positions, cache);
+    out.middleRows(first, step) = detail::attend_to_cache(
+        next, weights, positions, cache, {options.executor}, Causal{Align::bottom_right}, terms...);
   }
   return out;
 }
@@ -204,7 +264,7 @@ Matrix<Scalar> layer_decode(const X& x, const Weights& weights, Surface<Scalar>&
 /// The cache is one of weights.layer.
 template <class X, class Layer, class Scalar, class... Terms>
 Matrix<Scalar> block_decode(const X& x, const BlockWeights<Layer>& weights, Surface<Scalar>& cache,
-                            const QueryOptions& options = {}, const Terms&... terms) {
+                            const TokenOptions& options = {}, const Terms&... terms) {
   return detail::around(detail::Require("block_decode"), x, weights, [&](const auto& normed) {
     return layer_decode(normed, weights.layer, cache, options, terms...);
   });
@@ -214,7 +274,7 @@ Matrix<Scalar> block_decode(const X& x, const BlockWeights<Layer>& weights, Surf
 /// post_norm(x + layer_attend(pre_norm(x))).
 template <class X, class Layer, class Scalar, class... Terms>
 Matrix<Scalar> block_attend(const X& x, const BlockWeights<Layer>& weights,
-                            const Surface<Scalar>& cache, const QueryOptions& options = {},
+                            const Surface<Scalar>& cache, const TokenOptions& options = {},
                             const Terms&... terms) {
   return detail::around(detail::Require("block_attend"), x, weights, [&](const auto& normed) {
     return layer_attend(normed, weights.layer, cache, options, terms...);

@@ -65,22 +65,29 @@ struct CacheMagic {
 };
 
 template <class Scalar>
-void write_shape(const CacheShape<Scalar>& shape, Index size, CheckedWriter& to) {
+void write_shape(const CacheShape<Scalar>& shape, Index size, Index appended, CheckedWriter& to) {
   to.write(CacheMagic<Scalar>{});
-  const std::int64_t sizes[] = {
-      shape.heads.query,     shape.key_value_heads(), shape.key_width,          shape.value_width,
-      shape.values_are_keys, shape.has_log_prior,     shape.window.value_or(0), size};
+  const std::int64_t sizes[] = {shape.heads.query,
+                                shape.key_value_heads(),
+                                shape.key_width,
+                                shape.value_width,
+                                shape.values_are_keys,
+                                shape.has_log_prior,
+                                shape.window.value_or(0),
+                                size,
+                                appended};
   to.write(sizes, std::size(sizes));
   to.write(shape.scale);
   to.write_checksum();
 }
 
-/// Reads what write_shape wrote; `size` is the number of keys that follow.
+/// Reads what write_shape wrote; `size` is the number of keys that follow, of all that were appended.
 template <class Scalar>
-CacheShape<Scalar> read_shape(CheckedReader& from, const Require& require, Index& size) {
+CacheShape<Scalar> read_shape(CheckedReader& from, const Require& require, Index& size,
+                              Index& appended) {
   if (from.read<CacheMagic<Scalar>>() != CacheMagic<Scalar>{})
     require.fail("the stream is not a saved cache of this scalar type");
-  std::int64_t sizes[8] = {};
+  std::int64_t sizes[9] = {};
   from.read(sizes, std::size(sizes));
   CacheShape<Scalar> shape;
   shape.heads = {sizes[0], sizes[1]};
@@ -90,6 +97,7 @@ CacheShape<Scalar> read_shape(CheckedReader& from, const Require& require, Index
   shape.has_log_prior = sizes[5] != 0;
   if (sizes[6] > 0) shape.window = sizes[6];
   size = sizes[7];
+  appended = sizes[8];
   shape.scale = from.read<accumulator_t<Scalar>>();
   from.check_checksum();
   return shape;
@@ -192,6 +200,9 @@ class Surface {
   /// The number of keys held.
   Index size() const { return store_.size(); }
   bool is_empty() const { return size() == 0; }
+  /// How many keys were appended since it was made or reset, dropped ones included: the position of
+  /// the next one.
+  Index appended() const { return appended_; }
   /// How many keys fit into the memory that there is.
   Index capacity() const { return store_.capacity(); }
   std::optional<Index> window() const { return shape_.window; }
@@ -281,7 +292,10 @@ class Surface {
   }
 
   /// Forgets all keys and keeps the memory.
-  void reset() { store_.drop_front(size()); }
+  void reset() {
+    store_.drop_front(size());
+    appended_ = 0;
+  }
 
   /// A cache that holds the same keys and then goes its own way, as for the beams of a beam search.
   /// What lies in one piece is shared and not copied, whatever becomes of this cache; what follows a
@@ -292,7 +306,9 @@ class Surface {
       detail::Require("Surface::fork")
           .fail("capacity must not be negative, but is " + std::to_string(capacity));
     }
-    return Surface(shape_, store_.fork(capacity));
+    Surface fork(shape_, store_.fork(capacity));
+    fork.appended_ = appended_;
+    return fork;
   }
 
   /// Writes the cache to a binary stream, to be restored by a program for the same scalar type and
@@ -300,7 +316,7 @@ class Surface {
   void save(std::ostream& stream) const {
     constexpr detail::Require require("Surface::save");
     detail::CheckedWriter to(stream, require);
-    detail::write_shape(shape_, size(), to);
+    detail::write_shape(shape_, size(), appended_, to);
     const Segments segments = store_.segments();
     for (const auto& segment : {segments.first, segments.second}) {
       for (Index j = 0; j < segment.keys.rows; ++j) {
@@ -317,9 +333,10 @@ class Surface {
   static Surface restore(std::istream& stream, Index capacity = 0) {
     constexpr detail::Require require("Surface::restore");
     detail::CheckedReader from(stream, require);
-    Index size = 0;
-    const auto shape = detail::read_shape<Scalar>(from, require, size);
+    Index size = 0, appended = 0;
+    const auto shape = detail::read_shape<Scalar>(from, require, size, appended);
     Surface surface(shape, std::max(size, capacity));
+    surface.appended_ = appended;
     surface.store_.append(size, [&](auto& memory, Index row, Index, Index count) {
       for (Index j = row; j < row + count; ++j) {
         from.read(memory.keys.row(j).data(), memory.keys.cols());
@@ -485,6 +502,7 @@ class Surface {
     const Index first = rows - kept;
     store_.reserve(kept, dropped);
     store_.drop_front(dropped);
+    appended_ += rows;
     store_.append(kept, [&](auto& memory, Index row, Index n, Index count) {
       memory.keys.middleRows(row, count) = keys.middleRows(first + n, count);
       if (!shape_.values_are_keys)
@@ -580,6 +598,7 @@ class Surface {
 
   detail::CacheShape<Scalar> shape_;
   detail::KeyStore<Scalar> store_;
+  Index appended_ = 0;
 };
 
 }  // namespace surfattn
