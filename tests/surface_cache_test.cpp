@@ -131,7 +131,7 @@ TEMPLATE_TEST_CASE("In one piece the bits are those of project and attention", "
                            v = numbers.values.cast<TestType>();
     const Causal causal{Align::bottom_right};
     Surface<TestType> cache(k.cols(), v.cols(), {.heads = {4, 2}, .capacity = 1500});
-    cache.append(k.topRows(1), v.topRows(1));
+    cache.append(k.topRows(1) * TestType(1), v.topRows(1));  // an expression
     cache.append(k.bottomRows(1499), v.bottomRows(1499));
     Surface<TestType> surface(
         k.cols(), {.bandwidth = 1.5, .heads = {4, 2}, .prior = KeyPrior::sdpa, .capacity = 1500});

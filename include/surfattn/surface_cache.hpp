@@ -496,6 +496,8 @@ class Surface {
       require.shape("values", detail::extent(values), {rows, shape_.value_width},
                     "one row for each key, of the width that the cache was made for");
     }
+    const auto& k = detail::stored(keys);
+    const auto& v = detail::stored(values);
     const Index kept = shape_.window ? std::min(rows, *shape_.window) : rows;
     const Index dropped =
         shape_.window ? std::max<Index>(0, size() + kept - *shape_.window) : Index(0);
@@ -504,9 +506,9 @@ class Surface {
     store_.drop_front(dropped);
     appended_ += rows;
     store_.append(kept, [&](auto& memory, Index row, Index n, Index count) {
-      memory.keys.middleRows(row, count) = keys.middleRows(first + n, count);
+      memory.keys.middleRows(row, count) = k.middleRows(first + n, count);
       if (!shape_.values_are_keys)
-        memory.values.middleRows(row, count) = values.middleRows(first + n, count);
+        memory.values.middleRows(row, count) = v.middleRows(first + n, count);
       if (!shape_.has_log_prior) return;
       for (Index i = 0; i < count; ++i) write_log_prior(memory, row + i, log_prior, first + n + i);
     });
