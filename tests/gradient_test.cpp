@@ -1,4 +1,5 @@
 // Gradients of the engine's own path: by central differences, and by automatic differentiation of the reference.
+#include <Eigen/Core>
 #include <unsupported/Eigen/AutoDiff>
 
 #include "support/differences.hpp"
