@@ -1,8 +1,7 @@
 // Student-t and Epanechnikov kernels of the distance: against their definitions, and by central differences.
-#include <surfattn/gradcheck.hpp>
 #include <surfattn/terms/kernels.hpp>
 
-#include "support/problem.hpp"
+#include "support/differences.hpp"
 
 using namespace surfattn;
 using namespace surfattn::test;
@@ -29,27 +28,20 @@ M plain(const M& q, const M& k, const Kernel& kernel) {
 
 template <class Term>
 void check_gradients(const Problem<double>& p, double bandwidth, const Term& term) {
-  const auto loss = [&](const M& q, const M& k, double sigma) {
-    return project(q, k, {.heads = p.heads, .bandwidth = sigma}, term, Causal{Align::bottom_right})
-        .cwiseProduct(p.grad_projection)
-        .sum();
-  };
   const SurfaceOptions options{.heads = p.heads, .bandwidth = bandwidth};
   const Causal causal{Align::bottom_right};
+  const auto loss = [&](const M& q, const M& k, const SurfaceOptions& o) {
+    return project(q, k, o, term, causal).cwiseProduct(p.grad_projection).sum();
+  };
   const auto forward = project_forward(p.queries, p.keys, options, term, causal);
   const auto g =
       project_backward(p.queries, p.keys, forward, p.grad_projection, options, term, causal);
-  const GradientCheckOptions<double> how{.tolerance = 1e-8, .step = 1e-3};
-  const auto check = [](const char* name, const auto& result) {
-    INFO(name << ": " << result);
-    CHECK(result.passed());
-  };
-  check("queries", check_gradient([&](const M& x) { return loss(x, p.keys, bandwidth); }, p.queries,
-                                  g.queries, how));
-  check("keys", check_gradient([&](const M& x) { return loss(p.queries, x, bandwidth); }, p.keys,
-                               g.keys, how));
-  check("bandwidth", check_gradient([&](double x) { return loss(p.queries, p.keys, x); }, bandwidth,
-                                    g.bandwidth, how));
+  check_by_differences(
+      "queries", [&](const M& x) { return loss(x, p.keys, options); }, p.queries, g.queries);
+  check_by_differences(
+      "keys", [&](const M& x) { return loss(p.queries, x, options); }, p.keys, g.keys);
+  check_options_by_differences([&](const SurfaceOptions& o) { return loss(p.queries, p.keys, o); },
+                               options, p, g.bandwidth, {});
 }
 
 }  // namespace
@@ -103,4 +95,50 @@ TEST_CASE("gradients through the kernels agree with central differences to 1e-8"
     }
     check_gradients(spread, 9.0, Epanechnikov{});
   }
+}
+
+TEST_CASE("log-weights of keys come behind a kernel, and Temperature before it is a bandwidth") {
+  std::mt19937_64 random = seeded_random();
+  const Problem<double> p({9, 30, 3, 3, 2, 1}, random);
+  const RowVector<double> log_weights = p.log_prior.col(0).transpose();
+  M expected(9, 6);
+  for (Index h = 0; h < 2; ++h) {
+    const double squared_bandwidth = 0.49 / double(1 + h);
+    for (Index i = 0; i < 9; ++i) {
+      RowVector<double> sum = RowVector<double>::Zero(3);
+      double total = 0;
+      for (Index j = 0; j < 30; ++j) {
+        const double squared = (p.queries.row(i).segment(3 * h, 3) - p.keys.row(j)).squaredNorm();
+        const double w =
+            std::exp(log_weights[j]) / std::pow(1 + squared / (4 * squared_bandwidth), 3.5);
+        sum += w * p.keys.row(j);
+        total += w;
+      }
+      expected.row(i).segment(3 * h, 3) = sum / total;
+    }
+  }
+  const RowVector<double> factors = RowVector<double>::LinSpaced(2, 1, 2);
+  const auto out = project(p.queries, p.keys, {.heads = p.heads, .bandwidth = 0.7},
+                           Temperature{factors}, StudentT{4.0}, AdditiveBias{log_weights});
+  CHECK((out - expected).cwiseAbs().maxCoeff() <= 1e-12);
+}
+
+TEST_CASE("a kernel of the distance is an error where scores are no distances") {
+  const M q = M::Ones(3, 2), k = M::Ones(5, 2), weights = M::Zero(5, 1);
+  const auto needs_distances = contains_text("kernels of the distance of query and key");
+  M out = M::Constant(3, 2, -7);
+  CHECK_THROWS_WITH(attention_into(q, k, k, out, Workspace(workspace_size(Pass::forward, q, k, k)),
+                                   {}, StudentT{1.0}),
+                    needs_distances);
+  CHECK_THROWS_WITH(project_into(q, k, out, Workspace(workspace_size(Pass::forward, q, k)),
+                                 {.prior = KeyPrior::sdpa}, Epanechnikov{}),
+                    needs_distances);
+  CHECK_THROWS_WITH(project_into(q, k, out, Workspace(workspace_size(Pass::forward, q, k)),
+                                 {.prior = weights}, StudentT{1.0}, Causal{Align::top_left}),
+                    needs_distances);
+  CHECK((out.array() == -7).all());
+  const auto forward = project_forward(q, k, {}, StudentT{1.0});
+  CHECK_THROWS_WITH(project_backward(q, k, forward, q, {.prior = KeyPrior::sdpa}, StudentT{1.0}),
+                    needs_distances);
+  CHECK_THROWS_WITH(attention_scores(q, k, {}, {}, StudentT{1.0}), needs_distances);
 }

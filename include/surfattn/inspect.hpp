@@ -184,7 +184,7 @@ struct RunningEntropy {
 template <class Scalar, class Use, class... Terms>
 void each_sequence(const Operands<Scalar>& batch, const Require& require, const Use& use,
                    const Terms&... terms) {
-  const auto bind = term_binder(batch.shape, require, terms...);
+  const auto bind = term_binder(batch, require, terms...);
   for (Index s = 0; s < batch.shape.sequences.count(); ++s) {
     const auto operands = batch.of_sequence(s);
     use(operands, bind(operands.shape));

@@ -38,6 +38,19 @@ auto term_binder(const Shape& batch, const Require& require, const Terms&... ter
   return bind;
 }
 
+/// The same, and checks what the terms ask of the scores: that kernels of the distance get distances.
+template <class Scalar, class... Terms>
+auto term_binder(const Operands<Scalar>& batch, const Require& require, const Terms&... terms) {
+  constexpr bool has_kernel = (DistanceKernel<Terms> || ...);
+  if (has_kernel && (batch.key_norm_weight == accumulator_t<Scalar>(0) || batch.log_prior.data)) {
+    require.fail(
+        "StudentT and Epanechnikov are kernels of the distance of query and key, which the scores "
+        "are in the surface form under KeyPrior::uniform alone; list log-weights of keys as an "
+        "AdditiveBias");
+  }
+  return term_binder(batch.shape, require, terms...);
+}
+
 /// Bytes of workspace; a forward pass needs none for its terms.
 template <class Scalar>
 std::size_t forward_workspace_size(const Shape& batch, const Executor* executor) {
@@ -154,7 +167,7 @@ void run_forward(const Operands<Scalar>& operands, const ForwardOutputs<Scalar>&
                  const Workspace& workspace, Executor* executor, const Require& require,
                  const Terms&... terms) {
   const Shape& shape = operands.shape;
-  const auto bind = term_binder(shape, require, terms...);
+  const auto bind = term_binder(operands, require, terms...);
   require.shape("out", extent(outputs.out), shape.out_extent(),
                 "queries × query heads · value width");
   if (outputs.log_sum_exp) {
@@ -183,7 +196,7 @@ void run_backward(const Operands<Scalar>& operands, const Upstream<Scalar>& upst
                   Executor* executor, const Require& require, const Done& done,
                   const Terms&... terms) {
   const Shape& shape = operands.shape;
-  const auto bind = term_binder(shape, require, terms...);
+  const auto bind = term_binder(operands, require, terms...);
   const BackwardPlanner<Scalar, decltype(bind)> planner{operands.values_are_keys, bind};
   const WorkPlan plan = work_plan(shape, planner, executor);
   require.shape("forward.out", extent(upstream.out), shape.out_extent(),

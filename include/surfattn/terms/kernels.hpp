@@ -7,8 +7,9 @@
 #include <surfattn/terms/modifiers.hpp>
 
 /// In the surface form under the uniform prior a score is S = −‖q − k‖²/(2σ²), so that another kernel
-/// of the distance is a function of S. (With another prior it would be one of S + log π: add log π
-/// behind the kernel, as an AdditiveBias.) Gradients of queries, keys and bandwidth go through it.
+/// of the distance is a function of S; anywhere else these terms are an error. (Log-weights of keys
+/// come behind the kernel, as an AdditiveBias with one row.) Gradients of queries, keys and bandwidth
+/// go through it. Temperature, listed before, gives each head a bandwidth of its own, σ/√τ_h.
 namespace surfattn {
 namespace detail {
 
@@ -43,8 +44,11 @@ struct EpanechnikovKernel {
 ///
 /// d the head's width. Its tails are heavy: far keys keep some weight, the more the smaller ν;
 /// ν → ∞ is the Gaussian. (The kernel of t-SNE, van der Maaten and Hinton 2008, is ν = 1, d = 1.)
-/// List it as a term of `project`. Errors: ν that is not positive and finite.
+/// List it as a term of `project`. Errors: ν that is not positive and finite; scores that are no
+/// distances (`attention`, or a prior that is not uniform).
 struct StudentT {
+  static constexpr bool is_distance_kernel = true;
+
   double degrees_of_freedom;
 
   constexpr explicit StudentT(double nu) : degrees_of_freedom(nu) {}
@@ -62,8 +66,10 @@ struct StudentT {
 ///
 /// A query that has no key within σ gives 0, with log-sum-exp −∞ and no gradient. List it as a term of
 /// `project`. The gradient is exact but where a key lies at distance σ, where the
-/// weight has a corner.
+/// weight has a corner. Errors: scores that are no distances, as for StudentT.
 struct Epanechnikov {
+  static constexpr bool is_distance_kernel = true;
+
   detail::BoundModifier<detail::EpanechnikovKernel> bind(const detail::Shape&,
                                                          const detail::Require&) const {
     return {};

@@ -198,6 +198,12 @@ concept DirectTrainable = requires(const T& term) {
   { term.adds_across_sequences() } -> std::same_as<bool>;
 };
 
+/// A term that takes a score for −‖q − k‖²/(2σ²), and nothing else.
+template <class T>
+concept DistanceKernel = requires {
+  requires T::is_distance_kernel;
+};
+
 template <class T>
 concept Term = requires(const T& term, const Shape& shape, const Require& require) {
   {term.bind(shape, require)};
