@@ -1,4 +1,8 @@
 // Diagonal metrics and bandwidths for each head or query: against the reference, by central differences, and errors.
+// clang-format off
+#include "support/no_allocation.hpp"  // before all that includes Eigen
+// clang-format on
+
 #include <surfattn/adaptive.hpp>
 
 #include "support/differences.hpp"
@@ -148,6 +152,87 @@ TEST_CASE("gradients of project_bandwidths agree with central differences to 1e-
   }
 }
 
+TEST_CASE("project_metric and project_bandwidths give the gradients of terms with parameters") {
+  std::mt19937_64 random = seeded_random();
+  const Problem<double> p({5, 6, 3, 3, 4, 2}, random);
+  const M bias = random_matrix<double>(5, 6, random);
+  const Row metric = random_positive(1, 3, random);
+  const M bandwidths = random_positive(1, 4, random);
+  const SurfaceOptions options{.heads = p.heads};
+  const AdditiveBias term(bias);
+  const auto loss = [&](const M& out) { return out.cwiseProduct(p.grad_projection).sum(); };
+  const auto of_metric = project_metric_backward(
+      p.queries, p.keys, metric, project_metric_forward(p.queries, p.keys, metric, options, term),
+      p.grad_projection, options, term);
+  check_by_differences(
+      "bias beside a metric",
+      [&](const M& x) {
+        return loss(project_metric(p.queries, p.keys, metric, options, AdditiveBias(x)));
+      },
+      bias, std::get<0>(of_metric.terms));
+  const auto of_bandwidths = project_bandwidths_backward(
+      p.queries, p.keys, bandwidths,
+      project_bandwidths_forward(p.queries, p.keys, bandwidths, options, term), p.grad_projection,
+      options, term);
+  check_by_differences(
+      "bias beside bandwidths",
+      [&](const M& x) {
+        return loss(project_bandwidths(p.queries, p.keys, bandwidths, options, AdditiveBias(x)));
+      },
+      bias, std::get<0>(of_bandwidths.terms));
+}
+
+TEST_CASE("project_metric and project_bandwidths into matrices of any storage allocate nothing") {
+  std::mt19937_64 random = seeded_random();
+  const Problem<double> p({40, 70, 3, 3, 4, 2}, random);
+  const SurfaceOptions options{.heads = p.heads, .bandwidth = 1.1}, without{.heads = p.heads};
+  const Causal causal{Align::bottom_right};
+  const Row metric = random_positive(1, 6, random);
+  const M bandwidths = random_positive(40, 4, random);
+  const auto f = project_metric_forward(p.queries, p.keys, metric, options, causal);
+  const auto g =
+      project_metric_backward(p.queries, p.keys, metric, f, p.grad_projection, options, causal);
+  const auto fb = project_bandwidths_forward(p.queries, p.keys, bandwidths, without, causal);
+  const auto gb = project_bandwidths_backward(p.queries, p.keys, bandwidths, fb, p.grad_projection,
+                                              without, causal);
+  const Eigen::MatrixXd q = p.queries, k = p.keys, go = p.grad_projection;  // column-major
+  Eigen::MatrixXd out(40, 12), log_sum_exp(40, 4), grad_q(40, 12), grad_k(70, 6), grad_prior(70, 2),
+      out_b(40, 12), log_sum_exp_b(40, 4), grad_q_b(40, 12), grad_k_b(70, 6), grad_prior_b(70, 2),
+      grad_bandwidths(40, 4);
+  Row grad_metric(6);
+  double grad_bandwidth = 0;
+  const Workspace workspace(
+      std::max({metric_workspace_size(Pass::forward, q, k, options),
+                metric_workspace_size(Pass::backward, q, k, options, causal),
+                bandwidths_workspace_size(Pass::forward, q, k, without),
+                bandwidths_workspace_size(Pass::backward, q, k, without, causal)}));
+  std::size_t count = 0;
+  {
+    const NoAllocation watch;
+    project_metric_forward_into(q, k, metric, out, log_sum_exp, workspace, options, causal);
+    project_metric_backward_into(q, k, metric, out, log_sum_exp, go, grad_q, grad_k, grad_metric,
+                                 grad_bandwidth, grad_prior, workspace, options, causal);
+    project_bandwidths_forward_into(q, k, bandwidths, out_b, log_sum_exp_b, workspace, without,
+                                    causal);
+    project_bandwidths_backward_into(q, k, bandwidths, out_b, log_sum_exp_b, go, grad_q_b, grad_k_b,
+                                     grad_bandwidths, grad_prior_b, workspace, without, causal);
+    count = watch.count();
+  }
+  CHECK(count == 0);
+  CHECK(out == f.out);
+  CHECK(log_sum_exp == f.log_sum_exp);
+  CHECK(grad_q == g.queries);
+  CHECK(grad_k == g.keys);
+  CHECK(grad_metric == g.metric);
+  CHECK(grad_bandwidth == g.bandwidth);
+  CHECK(grad_prior == g.log_prior);
+  CHECK(out_b == fb.out);
+  CHECK(grad_q_b == gb.queries);
+  CHECK(grad_k_b == gb.keys);
+  CHECK(grad_bandwidths == gb.bandwidths);
+  CHECK(grad_prior_b == gb.log_prior);
+}
+
 TEST_CASE("project_metric and project_bandwidths: what stands behind a mask reaches nothing") {
   std::mt19937_64 random = seeded_random();
   Problem<double> p({5, 8, 2, 2, 2, 1}, random);
@@ -186,4 +271,20 @@ TEST_CASE("project_metric and project_bandwidths name what is wrong") {
                     contains_text("give bandwidths alone"));
   CHECK_THROWS_WITH(project_bandwidths(q, k, M::Ones(1, 1), {.prior = KeyPrior::sdpa}),
                     contains_text("the sdpa prior belongs to one bandwidth"));
+  M out = M::Constant(3, 4, -7), sums(3, 1), grad(3, 4);
+  Row narrow(3);
+  double sigma = -7;
+  const Workspace small(64), large(1 << 20);
+  CHECK_THROWS_WITH(project_metric_forward_into(q, k, Row::Ones(4), out, sums, small),
+                    contains_text("project_metric_forward: workspace has 64 bytes"));
+  CHECK_THROWS_WITH(project_bandwidths_forward_into(q, k, M::Ones(1, 1), out, sums, small),
+                    contains_text("project_bandwidths_forward: workspace has 64 bytes"));
+  CHECK_THROWS_WITH(project_metric_backward_into(q, k, Row::Ones(4), q, sums, q, out, grad, narrow,
+                                                 sigma, sums, large),
+                    contains_text("grad_metric is 1×3 but must be 1×4"));
+  CHECK_THROWS_WITH(project_bandwidths_backward_into(q, k, M::Ones(1, 1), q, sums, q, out, out,
+                                                     narrow, sums, large),
+                    contains_text("grad_bandwidths is 1×3 but must be 1×1"));
+  CHECK((out.array() == -7).all());
+  CHECK(sigma == -7);
 }

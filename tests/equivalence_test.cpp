@@ -47,7 +47,8 @@ Matrix<Scalar> read_out(const Matrix<Scalar>& keys, const Matrix<Scalar>& readou
   const Index d = keys.cols() / heads;
   Matrix<Scalar> values(keys.rows(), heads * readout.cols());
   for (Index h = 0; h < heads; ++h) {
-    values.middleCols(h * readout.cols(), readout.cols()) = keys.middleCols(h * d, d) * readout;
+    values.middleCols(h * readout.cols(), readout.cols()) =
+        times<Matrix<Scalar>>(keys.middleCols(h * d, d), readout);
   }
   return values;
 }
@@ -151,6 +152,7 @@ namespace {
 template <class Scalar>
 StandardWeights<Scalar> pull_back(const StandardWeights<Scalar>& w, const SurfaceWeights<Scalar>& g,
                                   const Sizes& s) {
+  using Dense = Matrix<Scalar>;
   const Index n = w.key.rows(), d = s.head_dim, dv = s.value_dim;
   StandardWeights<Scalar> r;
   r.query = Matrix<Scalar>::Zero(w.query.rows(), w.query.cols());
@@ -162,23 +164,25 @@ StandardWeights<Scalar> pull_back(const StandardWeights<Scalar>& w, const Surfac
   r.output_bias = g.output_bias;
   for (Index h = 0; h < s.query_heads; ++h) {
     const Index shared = h / (s.query_heads / s.key_value_heads);
-    const auto grad_a = g.metric.middleCols(h * n, n);
-    const auto grad_b = g.readout.middleRows(h * n, n);
-    const auto wq = w.query.middleCols(h * d, d);
-    const auto wk = w.key.middleCols(shared * d, d);
-    const auto wv = w.value.middleCols(shared * dv, dv);
-    const auto wo = w.output.middleRows(h * dv, dv);
-    r.query.middleCols(h * d, d) += grad_a * wk;
-    r.key.middleCols(shared * d, d) += grad_a.transpose() * wq;
-    r.value.middleCols(shared * dv, dv) += grad_b * wo.transpose();
-    r.output.middleRows(h * dv, dv) += wv.transpose() * grad_b;
+    const Dense grad_a = g.metric.middleCols(h * n, n);
+    const Dense grad_b = g.readout.middleRows(h * n, n);
+    const Dense wq = w.query.middleCols(h * d, d);
+    const Dense wk = w.key.middleCols(shared * d, d);
+    const Dense wv = w.value.middleCols(shared * dv, dv);
+    const Dense wo = w.output.middleRows(h * dv, dv);
+    r.query.middleCols(h * d, d) += times(grad_a, wk);
+    r.key.middleCols(shared * d, d) += times<Dense>(grad_a.transpose(), wq);
+    r.value.middleCols(shared * dv, dv) += times(grad_b, wo.transpose());
+    r.output.middleRows(h * dv, dv) += times<Dense>(wv.transpose(), grad_b);
     if (w.query_bias.size() == 0) continue;
-    const auto grad_g = g.metric_bias.segment(h * n, n);
-    r.query_bias.segment(h * d, d) += grad_g * wk;
-    r.key.middleCols(shared * d, d) += grad_g.transpose() * w.query_bias.segment(h * d, d);
-    const auto grad_r = g.readout_bias.row(h);
-    r.value_bias.segment(shared * dv, dv) += grad_r * wo.transpose();
-    r.output.middleRows(h * dv, dv) += w.value_bias.segment(shared * dv, dv).transpose() * grad_r;
+    const Dense grad_g = g.metric_bias.segment(h * n, n);
+    r.query_bias.segment(h * d, d) += times(grad_g, wk);
+    r.key.middleCols(shared * d, d) +=
+        times<Dense>(grad_g.transpose(), w.query_bias.segment(h * d, d));
+    const Dense grad_r = g.readout_bias.row(h);
+    r.value_bias.segment(shared * dv, dv) += times(grad_r, wo.transpose());
+    r.output.middleRows(h * dv, dv) +=
+        times<Dense>(w.value_bias.segment(shared * dv, dv).transpose(), grad_r);
   }
   return r;
 }
@@ -265,6 +269,7 @@ TEST_CASE("equivalence 3: a layer equals the reference layer") {
 
 TEMPLATE_TEST_CASE("equivalence 4: a square invertible Wk gives the values from the keys", "",
                    float, double) {
+  using Dense = Matrix<TestType>;
   std::mt19937_64 random = seeded_random();
   const Index width = 9;
   for (const Index tokens : {1, 17, 65}) {
@@ -274,26 +279,27 @@ TEMPLATE_TEST_CASE("equivalence 4: a square invertible Wk gives the values from 
     // a stretch to three times the length along one unit vector, then a reflection along another
     const auto along = [&] {
       const RowVector<TestType> n = random_matrix<TestType>(1, width, random).normalized();
-      return Matrix<TestType>(n.transpose() * n);
+      return times<Dense>(n.transpose(), n);
     };
-    const Matrix<TestType> one = Matrix<TestType>::Identity(width, width), stretched = along(),
-                           reflection = one - 2 * along(), wk = reflection * (one + 2 * stretched),
-                           inverse = (one - TestType(2) / 3 * stretched) * reflection;
+    const Dense one = Dense::Identity(width, width), stretched = along(),
+                reflection = one - 2 * along(), wk = times(reflection, one + 2 * stretched),
+                inverse = times<Dense>(one - TestType(2) / 3 * stretched, reflection);
     const auto wv = random_matrix<TestType>(width, 5, random);
-    const Matrix<TestType> keys = y * wk, values = y * wv, readout = inverse * wv;
+    const Dense keys = times(y, wk), values = times(y, wv), readout = times(inverse, wv);
     const double tolerance = rounding<TestType>(double(3 * width + tokens), 40 * largest(values));
     check_close<TestType>("V = K·Wk⁻¹·Wv", attention(q, keys, values),
-                          project(q, keys, {.prior = KeyPrior::sdpa}) * readout, tolerance);
+                          times(project(q, keys, {.prior = KeyPrior::sdpa}), readout), tolerance);
 
     const auto grad_out = random_matrix<TestType>(12, 5, random);
     const auto f = attention_forward(q, keys, values);
     const auto g = attention_backward(q, keys, values, f, grad_out);
     const auto pf = project_forward(q, keys, {.prior = KeyPrior::sdpa});
-    const auto pg =
-        project_backward(q, keys, pf, grad_out * readout.transpose(), {.prior = KeyPrior::sdpa});
+    const auto pg = project_backward(q, keys, pf, times(grad_out, readout.transpose()),
+                                     {.prior = KeyPrior::sdpa});
     const double size = tolerance * 100;
     check_close<TestType>("grad queries", g.queries, pg.queries, size);
-    check_close<TestType>("grad keys", g.keys + g.values * readout.transpose(), pg.keys, size);
+    check_close<TestType>("grad keys", g.keys + times(g.values, readout.transpose()), pg.keys,
+                          size);
   }
 }
 

@@ -21,6 +21,8 @@
 #include <cmath>
 #include <limits>
 
+#include "support/random.hpp"
+
 namespace surfattn::test {
 
 using Doubles = Eigen::MatrixXd;
@@ -54,7 +56,7 @@ class ErrorModel {
     const double beta = std::abs(head_.scale);
     const auto tq = q.rows(), tk = k.rows(), d = q.cols(), dv = v.cols();
 
-    Doubles magnitude = beta * q * k.transpose();
+    Doubles magnitude = beta * times(q, k.transpose());
     magnitude.colwise() += head_.query_bias.cwiseAbs().col(0);
     magnitude.rowwise() += head_.key_bias_magnitude.transpose().row(0);
     const Doubles e_s = g(d + 4) * magnitude;
@@ -64,14 +66,14 @@ class ErrorModel {
     Doubles relative = e_s;
     relative.colwise() += b.log_sum_exp.col(0);
     const Doubles e_w = w.cwiseProduct((relative.array() + 16 * u).matrix());
-    b.out = e_w * v + g(tk) * w * v + 4 * u * o;
+    b.out = times(e_w, v) + g(tk) * times(w, v) + 4 * u * o;
 
-    const Doubles dp = head_.grad_out * head_.values.transpose();
+    const Doubles dp = times(head_.grad_out, head_.values.transpose());
     Doubles delta = head_.grad_out.cwiseProduct(head_.out).rowwise().sum();
     const Doubles dl =
         head_.grad_log_sum_exp.size() > 0 ? head_.grad_log_sum_exp : Doubles(Doubles::Zero(tq, 1));
     delta -= dl;
-    Doubles ds = dp, e_x = g(dv) * go * v.transpose() + u * dp.cwiseAbs();
+    Doubles ds = dp, e_x = g(dv) * times(go, v.transpose()) + u * dp.cwiseAbs();
     ds.colwise() -= delta.col(0);
     e_x.colwise() += (go.cwiseProduct(b.out) + g(dv) * go.cwiseProduct(o)).rowwise().sum() +
                      u * delta.cwiseAbs().col(0) + u * dl.cwiseAbs().col(0);
@@ -80,9 +82,11 @@ class ErrorModel {
     e_ds += 4 * u * ds.cwiseAbs();
     const Doubles s = ds.cwiseAbs();
 
-    b.grad_queries = beta * (e_ds * k + (g(tk) + 4 * u) * s * k);
-    b.grad_keys = beta * (e_ds.transpose() * q + (g(tq) + 4 * u) * s.transpose() * q);
-    b.grad_values = e_w.transpose() * go + (g(tq) + 4 * u) * w.transpose() * go;
+    b.grad_queries = beta * (times(e_ds, k) + (g(tk) + 4 * u) * times(s, k));
+    b.grad_keys = beta * (times<Doubles>(e_ds.transpose(), q) +
+                          (g(tq) + 4 * u) * times<Doubles>(s.transpose(), q));
+    b.grad_values =
+        times<Doubles>(e_w.transpose(), go) + (g(tq) + 4 * u) * times<Doubles>(w.transpose(), go);
     b.grad_key_bias = (e_ds + g(tq) * s).colwise().sum().transpose();
     if (head_.has_query_norm)
       b.grad_queries +=
@@ -108,7 +112,7 @@ class ErrorModel {
       const Doubles of_norms = (beta * k).array().colwise() * e_c.col(0).array();
       b.grad_keys_of_surface = b.grad_keys + b.grad_values + of_norms;
     }
-    const Doubles dq = (head_.scale * ds * head_.keys).cwiseAbs();
+    const Doubles dq = (head_.scale * times(ds, head_.keys)).cwiseAbs();
     const Doubles norms = k.rowwise().squaredNorm();
     b.grad_scale =
         (q.cwiseProduct(b.grad_queries).sum() + g(q.size()) * q.cwiseProduct(dq).sum()) / beta +

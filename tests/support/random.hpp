@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <random>
 #include <surfattn/types.hpp>
+#include <type_traits>
 
 #include "support/catch.hpp"
 
@@ -18,6 +19,14 @@ inline std::uint64_t seed() {
 inline std::mt19937_64 seeded_random() {
   UNSCOPED_INFO("SURFATTN_TEST_SEED=" << seed());
   return std::mt19937_64(seed());
+}
+
+/// a·b of whole matrices: blocks and transposes are copied, so that the compiler meets one product in the place of many.
+template <class Dense>
+Dense times(const Dense& a, const std::type_identity_t<Dense>& b) {
+  Dense product(a.rows(), b.cols());
+  product.noalias() = a * b;
+  return product;
 }
 
 /// Independent standard normal numbers.
