@@ -91,7 +91,7 @@ bool report(const Case& c, const char* what, const LayerSize& size, Use use, con
                surface = predicted_seconds(layer_cost(Form::surface, size, use), machine);
   const Form form = recommend_form(size, use, machine);
   const double gain = form == Form::surface ? timing.ratio : 1 / timing.ratio;
-  std::printf("%-42s %-13s %9.3f / %9.3f ms = %5.2f   at least %9.3f / %9.3f ms = %5.2f: %s%s\n",
+  std::printf("%-42s %-13s %9.3f / %9.3f ms = %5.2f   predicted %8.3f / %8.3f ms = %5.2f: %s%s\n",
               c.name, what, timing.first * 1e3, timing.second * 1e3, timing.ratio, standard * 1e3,
               surface * 1e3, standard / surface, form == Form::surface ? "surface" : "standard",
               gain < 1 ? ", which is slower" : "");

@@ -109,6 +109,20 @@ TEST_CASE(
   CHECK(prefers(decode, Use::decode) == Form::surface);
   CHECK(layer_cost(Form::standard, decode, Use::decode).cache_bytes ==
         4 * layer_cost(Form::surface, decode, Use::decode).cache_bytes);
+  // half as much in the standard form where its keys are its values, and as much as the surface where that is 4 heads wide
+  LayerSize shared = decode;
+  shared.k_equals_v = true;
+  CHECK(2 * layer_cost(Form::standard, shared, Use::decode).cache_bytes ==
+        layer_cost(Form::standard, decode, Use::decode).cache_bytes);
+  CHECK(layer_cost(Form::standard, shared, Use::decode).weight_bytes ==
+        layer_cost(Form::standard, decode, Use::decode).weight_bytes * 3 / 4);
+  CHECK(layer_cost(Form::surface, shared, Use::decode).bytes() ==
+        layer_cost(Form::surface, decode, Use::decode).bytes());
+  shared.value_dim = 64;
+  CHECK_THROWS_WITH(layer_cost(Form::standard, shared, Use::decode),
+                    contains_text("with k_equals_v, value_dim must be head_dim, 128, but is 64"));
+  // many heads on one surface compute much for what they read: narrow heads over a long cache stay in the standard form
+  CHECK(prefers({512, 512, 512, 64, 64, {8}, 1, 16384}, Use::decode) == Form::standard);
   decode.heads = {8, 1};
   decode.head_dim = decode.value_dim = 64;
   CHECK(prefers(decode, Use::decode) == Form::standard);

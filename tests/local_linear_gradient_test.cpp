@@ -1,5 +1,6 @@
 // Gradients of the local-linear estimate by central differences, on the fast path itself.
 #include <surfattn/local_linear.hpp>
+#include <surfattn/terms/kernels.hpp>
 
 #include "support/differences.hpp"
 
@@ -98,4 +99,52 @@ TEST_CASE("local_linear of values that are the keys has the gradients of the pro
   CHECK((g.keys - gv.keys - gv.values).cwiseAbs().maxCoeff() <= 1e-12);
   CHECK(g.ridge == Approx(gv.ridge));
   CHECK(g.bandwidth == Approx(gv.bandwidth));
+}
+
+TEST_CASE("gradients of local_linear go through modifiers and biases") {
+  std::mt19937_64 random = seeded_random();
+  for (const Sizes& s : {Sizes{3, 7, 2, 5}, Sizes{7, 19, 3, 2, 4, 2}, Sizes{70, 9, 2, 1}}) {
+    CAPTURE(seed(), s.queries, s.keys, s.query_heads);
+    const Problem<double> p(s, random);
+    const Matrix<double> bias = random_matrix<double>(1, s.keys, random);
+    const RowVector<double> factors =
+        random_matrix<double>(1, s.query_heads, random).array() * 0.1 + 1;
+    const SurfaceOptions options{.heads = p.heads, .bandwidth = 1.3, .prior = p.log_prior},
+        uniform{.heads = p.heads, .bandwidth = 1.3};
+    check_both(p, 0.4, uniform, Temperature{factors}, StudentT{3}, AdditiveBias{bias},
+               Causal{Align::bottom_right});
+    check_both(p, 0.4, options, SoftCap{2}, KeyLengths{s.keys - 1});
+  }
+}
+
+TEST_CASE("local_linear of any kernel is the estimate with its weights") {
+  std::mt19937_64 random = seeded_random();
+  const Problem<double> p({6, 40, 3, 2}, random);
+  const Matrix<double> bias = random_matrix<double>(1, 40, random);
+  const SurfaceOptions options{.bandwidth = 0.9};
+  const Matrix<double> fast =
+      local_linear(p.queries, p.keys, p.values, 0.3, options, StudentT{2}, AdditiveBias{bias});
+  for (Index i = 0; i < 6; ++i) {
+    // the Gaussian's weights, if its log-prior makes up the difference
+    Matrix<double> log_prior(40, 1);
+    for (Index j = 0; j < 40; ++j) {
+      const double squared = (p.queries.row(i) - p.keys.row(j)).squaredNorm() / 0.81;
+      log_prior(j, 0) = bias(0, j) - 2.5 * std::log1p(squared / 2) + squared / 2;
+    }
+    const Matrix<double> plain = reference::local_linear<double>(p.queries.row(i), p.keys, p.values,
+                                                                 0.9, 0.3, log_prior, {}, {});
+    CHECK((fast.row(i) - plain).cwiseAbs().maxCoeff() <= 1e-11);
+  }
+}
+
+TEST_CASE("local_linear_backward gives no gradients of terms with parameters, and says so") {
+  std::mt19937_64 random = seeded_random();
+  const Problem<double> p({3, 5, 2, 2}, random);
+  const Matrix<double> bias = random_matrix<double>(3, 5, random);
+  Matrix<double> grad(3, 5);
+  const AdditiveBias term(bias);
+  const auto f = local_linear_forward(p.queries, p.keys, 0.1, {}, term);
+  CHECK_THROWS_WITH(local_linear_backward(p.queries, p.keys, 0.1, f, p.grad_projection, {},
+                                          term.gradient_into(grad)),
+                    contains_text("the gradient of a term's parameters is not formed"));
 }

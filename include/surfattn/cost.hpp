@@ -14,13 +14,14 @@ struct LayerSize {
   Index y_width = 0;    ///< Dy, of the inputs of keys and values
   Index out_width = 0;  ///< Dout
   Index head_dim = 0;   ///< d, of a standard layer's queries and keys
-  Index value_dim = 0;  ///< dv, of a standard layer's values
+  Index value_dim = 0;  ///< dv, of a standard layer's values; d with k_equals_v
   Heads heads = {};     ///< of the standard layer; the surface form has as many query heads
   Index queries = 0;    ///< Tx, of each sequence; in decoding, the new tokens of one step
   Index keys = 0;       ///< Ty, of each sequence; in decoding, the cached ones and the new ones
   Index batch = 1;      ///< sequences
   /// the share of the pairs of query and key that is computed: ½ under a causal mask
   double visible = 1;
+  bool k_equals_v = false;  ///< the standard layer's values are its keys, and not cached besides
 };
 
 /// How a layer is used.
@@ -69,6 +70,7 @@ inline CostWidths cost_widths(Form form, const LayerSize& size) {
                shared = count(size.heads.key_value.value_or(size.heads.query));
   const double d = count(size.head_dim), dv = count(size.value_dim), width = count(size.y_width);
   if (form == Form::surface) return {heads * width, 0, 0, heads * width, width, width, width};
+  if (size.k_equals_v) return {heads * d, shared * d, 0, heads * d, d, d, shared * d};
   return {heads * d, shared * d, shared * dv, heads * dv, d, dv, shared * (d + dv)};
 }
 
@@ -86,6 +88,9 @@ inline void check_layer_size(const LayerSize& size, const Require& require) {
   positive("keys", size.keys);
   positive("batch", size.batch);
   positive("heads.query", size.heads.query);
+  if (size.k_equals_v && size.value_dim != size.head_dim)
+    require.fail("with k_equals_v, value_dim must be head_dim, " + std::to_string(size.head_dim) +
+                 ", but is " + std::to_string(size.value_dim));
   const Index shared = size.heads.key_value.value_or(size.heads.query);
   positive("heads.key_value", shared);
   if (size.heads.query % shared != 0)
@@ -104,6 +109,8 @@ inline void check_layer_size(const LayerSize& size, const Require& require) {
 ///     attention:   2·H·Tx·Ty·visible·(d + dv), in training + 2·H·Tx·Ty·visible·(3d + 2dv),
 ///     cache:       Ty·Hkv·(d + dv) or Ty·Dy numbers a sequence.
 ///
+/// With k_equals_v, V = 0 and the cache is Ty·Hkv·d numbers (keys that are normalised or rotated
+/// besides are cached besides).
 /// `scalar_bytes` is the size of a number. Errors: a size that is not positive, heads that do not
 /// divide, a share of visible pairs outside (0, 1].
 inline Cost layer_cost(Form form, const LayerSize& size, Use use, std::size_t scalar_bytes = 4) {
@@ -133,14 +140,11 @@ inline Cost layer_cost(Form form, const LayerSize& size, Use use, std::size_t sc
   return cost;
 }
 
-/// How long a call takes at least: projections and attention each as long as the slower of their
-/// arithmetic and their memory traffic.
+/// How long a call takes: its arithmetic and its memory traffic, one after the other. (They overlap
+/// little where both count, as they do when many heads share one cache; where one of them is small
+/// it does not matter. Products that do not reach the machine's limit take both forms longer.)
 inline double predicted_seconds(const Cost& cost, const Machine& machine = {}) {
-  const auto longest = [&](double flops, double bytes) {
-    return std::max(flops / machine.flops_per_second, bytes / machine.bytes_per_second);
-  };
-  return longest(cost.projection_flops, cost.projection_bytes) +
-         longest(cost.attention_flops, cost.attention_bytes);
+  return cost.flops() / machine.flops_per_second + cost.bytes() / machine.bytes_per_second;
 }
 
 /// The form whose predicted time is shorter; the standard one where they are equal.

@@ -94,8 +94,9 @@ struct LocalBackwardPlans {
   MomentPlan<Scalar> moments;
   LocalGradientPlan<Scalar> gradients;
 
-  LocalBackwardPlans(const Shape& shape, bool values_are_keys, const Executor* executor)
-      : moments(shape, values_are_keys, executor), gradients(shape, executor) {
+  LocalBackwardPlans(const Shape& shape, bool values_are_keys, std::size_t modifiers,
+                     const Executor* executor)
+      : moments(shape, values_are_keys, executor), gradients(shape, modifiers, executor) {
     Arena shared;
     LocalAdjoints<Scalar>(shared, shape);
     moments.shared_bytes = gradients.shared_bytes = shared.used();
@@ -108,11 +109,18 @@ struct LocalBackwardPlans {
   }
 };
 
-template <class Scalar>
+/// How many of the terms change scores.
+template <class... Terms>
+inline constexpr std::size_t modifier_count =
+    decltype(bind_terms(std::declval<const Shape&>(), std::declval<const Require&>(),
+                        std::declval<const Terms&>()...))::modifiers;
+
+template <class... Terms, class Scalar>
 std::size_t local_linear_bytes(Pass pass, const Operands<Scalar>& operands,
                                const Executor* executor) {
   if (pass == Pass::backward) {
-    return LocalBackwardPlans<Scalar>(operands.shape, operands.values_are_keys, executor)
+    return LocalBackwardPlans<Scalar>(operands.shape, operands.values_are_keys,
+                                      modifier_count<Terms...>, executor)
         .workspace_size();
   }
   return std::max(
@@ -186,8 +194,8 @@ struct LocalLinearOutputs {
   Scalar* ridge;
 };
 
-/// dq = a besides what came through the scores, and dλ = −Σ D/λ.
-template <class Scalar>
+/// What norms add to dq where modifiers act, dσ, dq = a besides, and dλ = −Σ D/λ.
+template <class Terms, class Scalar>
 void finish_local_gradients(const LocalProblem<Scalar>& problem, MatrixView<const Scalar> grad_out,
                             const LocalAdjoints<Scalar>& adjoints,
                             const LocalLinearOutputs<Scalar>& gradients) {
@@ -196,10 +204,16 @@ void finish_local_gradients(const LocalProblem<Scalar>& problem, MatrixView<cons
   Accumulator grad_scale(0);
   for (Index s = 0; s < shape.sequences.count(); ++s) {
     const auto one = problem.operands.of_sequence(s);
+    const auto of_queries = query_rows(gradients.of_inputs.queries, one.shape);
+    RawRowSums<Scalar> row_sums;
+    if constexpr (Terms::modifies_scores) {
+      row_sums.sums = adjoints.of_sequence(one.shape).row_sums;
+      row_sums.upstream.out.rows = one.shape.queries;
+      add_query_norm_gradient(one, row_sums, of_queries);
+    }
     for (Index head = 0; head < shape.key_value_heads; ++head) {
       grad_scale += scale_gradient<Scalar>(
-          one, head, query_rows(gradients.of_inputs.queries, one.shape),
-          key_rows(gradients.of_inputs.key_bias, one.shape), RawRowSums<Scalar>{});
+          one, head, of_queries, key_rows(gradients.of_inputs.key_bias, one.shape), row_sums);
     }
   }
   const Accumulator scale = problem.operands.scale;
@@ -226,7 +240,7 @@ void run_local_linear_backward(const LocalProblem<Scalar>& problem,
                                const Workspace& workspace, Executor* executor,
                                const Require& require, const Terms&... terms) {
   const Shape& shape = problem.operands.shape;
-  const auto bind = term_binder(shape, require, terms...);
+  const auto bind = term_binder(problem.operands, require, terms...);
   const LocalGradientOutputs<Scalar>& to = gradients.of_inputs;
   require.shape("forward.projection.out", extent(problem.projection),
                 projection_extent(problem.operands), "the shape of queries");
@@ -239,7 +253,14 @@ void run_local_linear_backward(const LocalProblem<Scalar>& problem,
     require.shape("grad_values", extent(*to.values), shape.values_extent(), "the shape of values");
   require.shape("grad_log_prior", extent(to.key_bias), {shape.keys, shape.key_value_heads},
                 "keys × key/value heads");
-  const LocalBackwardPlans<Scalar> plans(shape, problem.operands.values_are_keys, executor);
+  using Chain = plain_t<decltype(bind(shape))>;
+  for (Index s = 0; s < shape.sequences.count(); ++s) {
+    bind(shape.of_sequence(s)).each_wanted_gradient([&](std::size_t, const auto&) {
+      require.fail("the gradient of a term's parameters is not formed: leave out gradient_into");
+    });
+  }
+  const LocalBackwardPlans<Scalar> plans(shape, problem.operands.values_are_keys, Chain::modifiers,
+                                         executor);
   check_workspace(require, workspace, plans.least_workspace_size());
   Arena shared(workspace);
   const LocalAdjoints<Scalar> adjoints(shared, shape);
@@ -252,10 +273,47 @@ void run_local_linear_backward(const LocalProblem<Scalar>& problem,
     local_gradients(one, bound, plans.gradients, upstream, of_queries, to.of_sequence(sequence),
                     workspace, executor);
   });
-  finish_local_gradients(problem, grad_out, adjoints, gradients);
+  finish_local_gradients<Chain>(problem, grad_out, adjoints, gradients);
 }
 
-/// The returning forward pass; `values` is null where the keys are the values.
+/// Both `_into` functions; `values` is null where the values are the keys.
+template <class Queries, class Keys, class Values, class Out, class Projection, class LogSumExp,
+          class... Terms>
+void local_linear_forward_into(const Queries& queries, const Keys& keys, const Values* values,
+                               double ridge, Out& out, Projection& projection,
+                               LogSumExp& log_sum_exp, const Workspace& workspace,
+                               const SurfaceOptions& options, const Terms&... terms) {
+  using Scalar = scalar_t<Queries>;
+  check_inputs_at_compile_time<Queries, Keys, Values>();
+  check_outputs_at_compile_time<Scalar, Out, Projection, LogSumExp>();
+  constexpr Require require("local_linear_forward");
+  const auto operands = local_operands(queries, keys, values, options, require);
+  run_local_linear<Scalar>(operands, checked_ridge<Scalar>(ridge, require), view(out),
+                           view(projection), view(log_sum_exp), workspace, options.executor,
+                           require, terms...);
+}
+
+template <class Queries, class Keys, class Values, class Projection, class LogSumExp, class GradOut,
+          class... Terms>
+void local_linear_backward_into(const Queries& queries, const Keys& keys, const Values* values,
+                                double ridge, const Projection& projection,
+                                const LogSumExp& log_sum_exp, const GradOut& grad_out,
+                                const LocalLinearOutputs<scalar_t<Queries>>& gradients,
+                                const Workspace& workspace, const SurfaceOptions& options,
+                                const Terms&... terms) {
+  using Scalar = scalar_t<Queries>;
+  check_inputs_at_compile_time<Queries, Keys, Values, Projection, LogSumExp, GradOut>();
+  constexpr Require require("local_linear_backward");
+  const auto& p = stored(projection);
+  const auto& l = stored(log_sum_exp);
+  const auto& g = stored(grad_out);
+  const LocalProblem<Scalar> problem{local_operands(queries, keys, values, options, require),
+                                     view(p), view(l), checked_ridge<Scalar>(ridge, require)};
+  run_local_linear_backward<Scalar>(problem, view(g), gradients, workspace, options.executor,
+                                    require, terms...);
+}
+
+/// The returning forward pass; `values` is null where the values are the keys.
 template <class Queries, class Keys, class Values, class... Terms>
 LocalLinearForward<scalar_t<Queries>> local_linear_forward(const char* function,
                                                            const Queries& queries, const Keys& keys,
@@ -302,8 +360,8 @@ LocalLinearGradients<Scalar> local_linear_backward(const Queries& queries, const
   if (values) outputs.of_inputs.values = view(gradients.values);
   run_local_linear_backward<Scalar>(
       problem, view(grad_out), outputs,
-      Workspace(local_linear_bytes(Pass::backward, operands, options.executor)), options.executor,
-      require, terms...);
+      Workspace(local_linear_bytes<Terms...>(Pass::backward, operands, options.executor)),
+      options.executor, require, terms...);
   if (options.prior.is_explicit() && options.prior.cols() == 1)
     gradients.log_prior = gradients.log_prior.rowwise().sum().eval();
   return gradients;
@@ -313,22 +371,24 @@ LocalLinearGradients<Scalar> local_linear_backward(const Queries& queries, const
 
 /// Bytes of workspace for `local_linear_forward_into` (Pass::forward) or
 /// `local_linear_backward_into` (Pass::backward); the latter grow with the number of queries, by
-/// about two numbers for each number of a query.
-template <class Queries, class Keys>
+/// about two numbers for each number of a query. Modifiers among the terms want some for the latter;
+/// other terms may be left out.
+template <class Queries, class Keys, class... Terms>
 std::size_t local_linear_workspace_size(Pass pass, const Queries& queries, const Keys& keys,
-                                        const SurfaceOptions& options = {}) {
+                                        const SurfaceOptions& options = {}, const Terms&...) {
   const detail::Require require("local_linear_workspace_size");
   const Keys* none = nullptr;
-  return detail::local_linear_bytes(
+  return detail::local_linear_bytes<Terms...>(
       pass, detail::local_operands(queries, keys, none, options, require), options.executor);
 }
 
 /// The same for values that are not the keys.
-template <class Queries, class Keys, detail::DenseMatrix Values>
+template <class Queries, class Keys, detail::DenseMatrix Values, class... Terms>
 std::size_t local_linear_workspace_size(Pass pass, const Queries& queries, const Keys& keys,
-                                        const Values& values, const SurfaceOptions& options = {}) {
+                                        const Values& values, const SurfaceOptions& options = {},
+                                        const Terms&...) {
   const detail::Require require("local_linear_workspace_size");
-  return detail::local_linear_bytes(
+  return detail::local_linear_bytes<Terms...>(
       pass, detail::local_operands(queries, keys, &values, options, require), options.executor);
 }
 
@@ -340,18 +400,11 @@ void local_linear_forward_into(const Queries& queries, const Keys& keys, double 
                                Projection&& projection, LogSumExp&& log_sum_exp,
                                const Workspace& workspace, const SurfaceOptions& options = {},
                                const Terms&... terms) {
-  using Scalar = detail::scalar_t<Queries>;
-  detail::check_inputs_at_compile_time<Queries, Keys>();
-  detail::check_outputs_at_compile_time<Scalar, Out, Projection, LogSumExp>();
-  constexpr detail::Require require("local_linear_forward");
   const auto& q = detail::stored(queries);
   const auto& k = detail::stored(keys);
   const decltype(&k) none = nullptr;
-  const auto operands = detail::local_operands(q, k, none, options, require);
-  detail::run_local_linear<Scalar>(operands, detail::checked_ridge<Scalar>(ridge, require),
-                                   detail::view(out), detail::view(projection),
-                                   detail::view(log_sum_exp), workspace, options.executor, require,
-                                   terms...);
+  detail::local_linear_forward_into(q, k, none, ridge, out, projection, log_sum_exp, workspace,
+                                    options, terms...);
 }
 
 /// The same for values that are not the keys.
@@ -361,25 +414,19 @@ void local_linear_forward_into(const Queries& queries, const Keys& keys, const V
                                double ridge, Out&& out, Projection&& projection,
                                LogSumExp&& log_sum_exp, const Workspace& workspace,
                                const SurfaceOptions& options = {}, const Terms&... terms) {
-  using Scalar = detail::scalar_t<Queries>;
-  detail::check_inputs_at_compile_time<Queries, Keys, Values>();
-  detail::check_outputs_at_compile_time<Scalar, Out, Projection, LogSumExp>();
-  constexpr detail::Require require("local_linear_forward");
   const auto& q = detail::stored(queries);
   const auto& k = detail::stored(keys);
   const auto& v = detail::stored(values);
-  const auto operands = detail::local_operands(q, k, &v, options, require);
-  detail::run_local_linear<Scalar>(operands, detail::checked_ridge<Scalar>(ridge, require),
-                                   detail::view(out), detail::view(projection),
-                                   detail::view(log_sum_exp), workspace, options.executor, require,
-                                   terms...);
+  detail::local_linear_forward_into(q, k, &v, ridge, out, projection, log_sum_exp, workspace,
+                                    options, terms...);
 }
 
 /// Local-linear projection f(q) = q − λ·C⁻¹(q − μ) of each query onto the surface that the keys
 /// sample; see above for the formula.
 ///
-/// `queries`, `keys`, `options` and `terms` as for `project`, which gives the weights; `ridge` is
-/// λ > 0, a variance in the squared units of the keys. A query that sees no key gets 0.
+/// `queries`, `keys`, `options` and `terms` as for `project`, which gives the weights, but for sinks
+/// and dropout; `ridge` is λ > 0, a variance in the squared units of the keys. A query that sees no
+/// key gets 0.
 ///
 /// Moments are summed about μ, which a first pass over the keys finds, so nothing cancels; C is
 /// factorised by Cholesky. Its condition is at most 1 + (Σ w‖k − μ‖²)/λ: in float choose λ above
@@ -434,25 +481,17 @@ void local_linear_backward_into(const Queries& queries, const Keys& keys, double
                                 detail::scalar_t<Queries>& grad_ridge,
                                 GradLogPrior&& grad_log_prior, const Workspace& workspace,
                                 const SurfaceOptions& options = {}, const Terms&... terms) {
-  using Scalar = detail::scalar_t<Queries>;
-  detail::check_inputs_at_compile_time<Queries, Keys, Projection, LogSumExp, GradOut>();
-  detail::check_outputs_at_compile_time<Scalar, GradQueries, GradKeys, GradLogPrior>();
-  constexpr detail::Require require("local_linear_backward");
   const auto& q = detail::stored(queries);
   const auto& k = detail::stored(keys);
-  const auto& p = detail::stored(projection);
-  const auto& l = detail::stored(log_sum_exp);
-  const auto& g = detail::stored(grad_out);
   const decltype(&k) none = nullptr;
-  const detail::LocalProblem<Scalar> problem{detail::local_operands(q, k, none, options, require),
-                                             detail::view(p), detail::view(l),
-                                             detail::checked_ridge<Scalar>(ridge, require)};
-  detail::run_local_linear_backward<Scalar>(
-      problem, detail::view(g),
+  detail::check_outputs_at_compile_time<detail::scalar_t<Queries>, GradQueries, GradKeys,
+                                        GradLogPrior>();
+  detail::local_linear_backward_into(
+      q, k, none, ridge, projection, log_sum_exp, grad_out,
       {{detail::view(grad_queries), detail::view(grad_keys), {}, detail::view(grad_log_prior)},
        &grad_bandwidth,
        &grad_ridge},
-      workspace, options.executor, require, terms...);
+      workspace, options, terms...);
 }
 
 /// The same for values that are not the keys.
@@ -467,26 +506,17 @@ void local_linear_backward_into(const Queries& queries, const Keys& keys, const 
                                 detail::scalar_t<Queries>& grad_ridge,
                                 GradLogPrior&& grad_log_prior, const Workspace& workspace,
                                 const SurfaceOptions& options = {}, const Terms&... terms) {
-  using Scalar = detail::scalar_t<Queries>;
-  detail::check_inputs_at_compile_time<Queries, Keys, Values, Projection, LogSumExp, GradOut>();
-  detail::check_outputs_at_compile_time<Scalar, GradQueries, GradKeys, GradValues, GradLogPrior>();
-  constexpr detail::Require require("local_linear_backward");
   const auto& q = detail::stored(queries);
   const auto& k = detail::stored(keys);
   const auto& v = detail::stored(values);
-  const auto& p = detail::stored(projection);
-  const auto& l = detail::stored(log_sum_exp);
-  const auto& g = detail::stored(grad_out);
-  const detail::LocalProblem<Scalar> problem{detail::local_operands(q, k, &v, options, require),
-                                             detail::view(p), detail::view(l),
-                                             detail::checked_ridge<Scalar>(ridge, require)};
-  detail::run_local_linear_backward<Scalar>(
-      problem, detail::view(g),
-      {{detail::view(grad_queries), detail::view(grad_keys), detail::view(grad_values),
-        detail::view(grad_log_prior)},
-       &grad_bandwidth,
-       &grad_ridge},
-      workspace, options.executor, require, terms...);
+  detail::check_outputs_at_compile_time<detail::scalar_t<Queries>, GradQueries, GradKeys,
+                                        GradValues, GradLogPrior>();
+  detail::local_linear_backward_into(q, k, &v, ridge, projection, log_sum_exp, grad_out,
+                                     {{detail::view(grad_queries), detail::view(grad_keys),
+                                       detail::view(grad_values), detail::view(grad_log_prior)},
+                                      &grad_bandwidth,
+                                      &grad_ridge},
+                                     workspace, options, terms...);
 }
 
 /// Gradients of a loss with respect to queries, keys, bandwidth, λ and log-prior, given grad_out =
@@ -497,8 +527,8 @@ void local_linear_backward_into(const Queries& queries, const Keys& keys, const 
 ///     dq = g + b + β·Σ_j dS_j·k_j,   dλ = −z·(g + b),
 ///     dk_j = −w_j((b·δ_j)·z + (1 + z·δ_j)·b) + β·dS_j·(q − k_j), summed over the queries,
 ///
-/// and bandwidth and prior from dS as for `project_backward`. A query that sees no key gets and
-/// gives gradient 0. Recomputes weights and moments: time of the forward and O(Hq·Tq·Tk·16d).
+/// and bandwidth and prior from dS as for `project_backward`, through modifiers too; gradients of the
+/// terms' own parameters are not formed. A query that sees no key gets and gives gradient 0. Recomputes weights and moments: time of the forward and O(Hq·Tq·Tk·16d).
 template <class Queries, class Keys, class Scalar, class GradOut, class... Terms>
 auto local_linear_backward(const Queries& queries, const Keys& keys, double ridge,
                            const LocalLinearForward<Scalar>& forward, const GradOut& grad_out,

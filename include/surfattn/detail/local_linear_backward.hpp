@@ -32,6 +32,8 @@ struct LocalAdjoints {
   MatrixView<Scalar> directions;                              ///< z
   MatrixView<Scalar> pulls;                                   ///< b
   MatrixView<Scalar> direction_offsets, pull_offsets, means;  ///< e₀, h₀, D
+  /// r_i = Σ_j dS_ij of the raw scores of each sequence, at head·Tq + i; 0 but for modifiers
+  Scalar* row_sums;
 
   LocalAdjoints(Arena& arena, const Shape& shape) {
     const auto take = [&](Index cols) {
@@ -43,6 +45,7 @@ struct LocalAdjoints {
     direction_offsets = take(shape.query_heads);
     pull_offsets = take(shape.query_heads);
     means = take(shape.query_heads);
+    row_sums = arena.take<Scalar>(shape.queries * shape.query_heads);
   }
 
   LocalAdjoints of_sequence(const Shape& sequence) const {
@@ -51,6 +54,7 @@ struct LocalAdjoints {
          {&one.directions, &one.pulls, &one.direction_offsets, &one.pull_offsets, &one.means}) {
       *view = query_rows(*view, sequence);
     }
+    if (row_sums) one.row_sums += sequence.first_query * sequence.query_heads;
     return one;
   }
 };
@@ -184,8 +188,9 @@ struct LocalGradientBuffers {
   Accumulator* grad_keys;
   Accumulator* grad_values;
   Accumulator* grad_key_bias;
+  Accumulator* records;  ///< one tile for each modifier
 
-  LocalGradientBuffers(Arena& arena, const Shape& shape)
+  LocalGradientBuffers(Arena& arena, const Shape& shape, std::size_t modifiers)
       : key_tile(MomentBuffers<Accumulator>::key_rows(shape)),
         stride(simd::padded<Accumulator>(shape.head_dim)),
         value_stride(simd::padded<Accumulator>(shape.value_dim)),
@@ -204,6 +209,8 @@ struct LocalGradientBuffers {
     grad_keys = arena.take<Accumulator>(key_tile * stride);
     grad_values = arena.take<Accumulator>(key_tile * value_stride);
     grad_key_bias = arena.take<Accumulator>(padded_keys);
+    records =
+        arena.take<Accumulator>(static_cast<Index>(modifiers) * query_tile * weights.score_stride);
   }
 };
 
@@ -225,19 +232,29 @@ class LocalGradientTask {
         grad_out_(grad_out),
         adjoints_(adjoints),
         buffers_(buffers),
-        tiles_(problem.operands, terms, problem.log_sum_exp, buffers.weights) {}
+        tiles_(problem.operands, terms, problem.log_sum_exp, buffers.weights) {
+    Accumulator* next = buffers.records;
+    for (auto& record : records_) {
+      record = {next, buffers.weights.score_stride};
+      next += LocalGradientBuffers<Accumulator>::query_tile * buffers.weights.score_stride;
+    }
+  }
 
   /// dQ = scale·dS·K of one run of queries, over all keys.
   void run_queries(Index head, Index first_query, Index queries, MatrixView<Scalar> grad_queries) {
     load_queries(head, first_query, queries);
     std::fill(buffers_.grad_queries, buffers_.grad_queries + queries * buffers_.stride,
               Accumulator(0));
+    Scalar* row_sums = adjoints_.row_sums + head * shape_.queries + first_query;
+    std::fill(row_sums, row_sums + queries, Scalar(0));
     for (Index key = 0; key < shape_.keys; key += buffers_.key_tile) {
       load_keys(head / shape_.group(), key);
       if (tiles_.coverage() == Coverage::empty) continue;
       const RowOperand<Scalar> keys = pack_row_operand(
           tiles_.key_rows(), Accumulator(1), buffers_.key_panels, buffers_.non_finite_keys);
-      add_weighted_rows<false>(terms_, tiles_.tile(), differentiate(), keys, 0,
+      const ScoreTile grad_scores = differentiate();
+      if constexpr (Terms::modifies_scores) add_row_sums(grad_scores, row_sums);
+      add_weighted_rows<false>(terms_, tiles_.tile(), grad_scores, keys, 0,
                                {buffers_.grad_queries, buffers_.stride});
     }
     const auto out = grad_queries.block_cols(head * shape_.head_dim, shape_.head_dim)
@@ -297,10 +314,17 @@ class LocalGradientTask {
     return simd::packed_left(rows.columns, width, 0, tiles_.tile().queries);
   }
 
-  /// Fills w∘e and w∘h and returns dS, in the place of w.
+  void add_row_sums(ScoreTile grad_scores, Scalar* sums) const {
+    for (Index i = 0; i < tiles_.tile().queries; ++i) {
+      const Accumulator* row = grad_scores.data + i * grad_scores.row_stride;
+      for (Index j = 0; j < tiles_.tile().keys; ++j) sums[i] += static_cast<Scalar>(row[j]);
+    }
+  }
+
+  /// Fills w∘e and w∘h and returns dS of the raw scores, in the place of w.
   ScoreTile differentiate() {
     const Tile& tile = tiles_.tile();
-    const ScoreTile weights = tiles_.weights(), e = bent_weights(), h = pulled();
+    const ScoreTile weights = tiles_.weights(records_), e = bent_weights(), h = pulled();
     simd::set_product<Accumulator>(tile.queries, tile.keys, shape_.head_dim,
                                    left(buffers_.directions, shape_.head_dim),
                                    tiles_.transposed_keys(), e);
@@ -315,6 +339,10 @@ class LocalGradientTask {
     for (Index i = 0; i < tile.queries; ++i) differentiate_row(i, weights, e, h);
     if (tiles_.coverage() == Coverage::partial) {
       for (const ScoreTile hidden : {weights, e, h}) tiles_.hide(hidden);
+    }
+    if constexpr (Terms::modifies_scores) {
+      terms_.differentiate(tile, records_, weights,
+                           [](std::size_t) { return ItemSums<Accumulator>{}; });
     }
     return weights;
   }
@@ -401,6 +429,7 @@ class LocalGradientTask {
   const LocalAdjoints<Scalar>& adjoints_;
   LocalGradientBuffers<Accumulator>& buffers_;
   WeightTiles<Scalar, Terms> tiles_;
+  TermRecords<Accumulator, Terms::records> records_{};
 };
 
 /// How the walks over the longest sequence are shared out: one item for each run of queries of each
@@ -411,6 +440,7 @@ struct LocalGradientPlan : WorkPlan {
   using Buffers = LocalGradientBuffers<accumulator_t<Scalar>>;
 
   Shape shape;
+  std::size_t modifiers;
   Index key_tile;
 
   Index query_items(const Shape& sequence) const {
@@ -420,9 +450,10 @@ struct LocalGradientPlan : WorkPlan {
     return query_items(sequence) + sequence.key_value_heads * blocks(sequence.keys, key_tile);
   }
 
-  LocalGradientPlan(const Shape& problem, const Executor* executor) : shape(problem) {
+  LocalGradientPlan(const Shape& problem, std::size_t modifier_count, const Executor* executor)
+      : shape(problem), modifiers(modifier_count) {
     Arena counter;
-    key_tile = Buffers(counter, shape).key_tile;
+    key_tile = Buffers(counter, shape, modifiers).key_tile;
     for (Index s = 0; s < shape.sequences.count(); ++s)
       items = std::max(items, items_of(shape.of_sequence(s)));
     workers = detail::workers(executor, items);
@@ -444,7 +475,7 @@ void local_gradients(const LocalProblem<Scalar>& problem, const Terms& terms,
   const Index workers = std::min(plan.workers_within(workspace), detail::workers(executor, items));
   share_items(executor, workers, [&](Index worker, const auto& take) {
     Arena arena = plan.arena_of(workspace, worker);
-    Buffers buffers(arena, shape);
+    Buffers buffers(arena, shape, plan.modifiers);
     LocalGradientTask<Scalar, Terms> task(problem, terms, grad_out, adjoints, buffers);
     for (Index item = take(); item < items; item = take()) {
       if (item < query_items) {

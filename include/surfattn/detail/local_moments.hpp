@@ -25,9 +25,9 @@ struct LocalProblem {
   }
 };
 
+/// The estimate is of weights that sum to 1.
 template <class Terms>
-inline constexpr bool only_masks =
-    !Terms::modifies_scores && !Terms::has_biases && !Terms::has_sinks && !Terms::drops_weights;
+inline constexpr bool keeps_sum_of_weights = !Terms::has_sinks && !Terms::drops_weights;
 
 /// Calls use(problem, terms) for each sequence of a batch, one after the other.
 template <class Scalar, class Bind, class Use>
@@ -35,9 +35,10 @@ void for_each_sequence(const LocalProblem<Scalar>& batch, const Bind& bind, cons
   for (Index s = 0; s < batch.operands.shape.sequences.count(); ++s) {
     const auto one = batch.of_sequence(s);
     const auto terms = bind(one.operands.shape);
-    static_assert(only_masks<plain_t<decltype(terms)>>,
-                  "surfattn: a local-linear estimate takes masks alone; a prior or a bias for each "
-                  "key is given as options.prior");
+    static_assert(
+        keeps_sum_of_weights<plain_t<decltype(terms)>>,
+        "surfattn: a local-linear estimate takes no sinks and no dropout, for its weights "
+        "must sum to 1");
     use(one, terms);
   }
 }

@@ -51,7 +51,7 @@ class WeightTiles {
     for (Index i = 0; i < count; ++i) {
       buffers_.log_sum_exp[i] = sees_a_key(i)
                                     ? (static_cast<Accumulator>(log_sum_exp_(first + i, head)) -
-                                       query_offset(operands_, head, first + i)) *
+                                       offset_beside_scores<Terms>(operands_, head, first + i)) *
                                           simd::log2_e<Accumulator>
                                     : Accumulator(0);
     }
@@ -88,13 +88,15 @@ class WeightTiles {
     return {buffers_.transposed_keys, operands_.shape.head_dim * simd::panel_width<Accumulator>};
   }
 
-  /// W of the tile, still without the masks.
-  simd::Tile<Accumulator> weights() const {
+  /// W of the tile, still without the masks; modifiers leave their records.
+  simd::Tile<Accumulator> weights(
+      const TermRecords<Accumulator, Terms::records>& records = {}) const {
     const simd::Tile<Accumulator> weights{buffers_.weights, buffers_.score_stride};
     score_tile<Accumulator>(
         tile_, operands_.shape.head_dim,
         simd::packed_left(buffers_.queries, operands_.shape.head_dim, 0, tile_.queries),
         buffers_.transposed_keys, buffers_.key_bias, weights);
+    finish_scores(operands_, terms_, tile_, weights, records);
     const Index padded_keys = simd::padded<Accumulator>(tile_.keys);
     for (Index i = 0; i < tile_.queries; ++i) {
       Accumulator* row = weights.data + i * weights.row_stride;
