@@ -145,6 +145,51 @@ TEST_CASE("project_iterated_into allocates nothing and may write over the querie
   CHECK(points == expected);
 }
 
+TEST_CASE("project_iterated forward and backward into matrices of any storage allocate nothing") {
+  std::mt19937_64 random = seeded_random();
+  const Problem<double> p({9, 30, 3, 3, 4, 2}, random);
+  const Iteration iteration{.steps = 3, .step_size = 0.7};
+  const SurfaceOptions options{.heads = p.heads, .bandwidth = 1.1, .prior = p.log_prior};
+  const Causal causal{Align::bottom_right};
+  const auto f = project_iterated_forward(p.queries, p.keys, iteration, options, causal);
+  const auto g = project_iterated_backward(p.queries, p.keys, iteration, f, p.grad_projection,
+                                           options, causal);
+  const Eigen::MatrixXd q = p.queries, k = p.keys, go = p.grad_projection;  // column-major
+  Eigen::MatrixXd out(9, 12), points(27, 12), projections(27, 12), log_sum_exp(27, 4),
+      grad_q(9, 12), grad_k(30, 6), grad_prior(30, 2);
+  double grad_bandwidth = 0, grad_step_size = 0;
+  const Workspace workspace(
+      std::max(iterated_workspace_size(Pass::forward, q, k, options),
+               iterated_workspace_size(Pass::backward, q, k, options, causal)));
+  std::size_t count = 0;
+  {
+    const NoAllocation watch;
+    project_iterated_forward_into(q, k, out, points, projections, log_sum_exp, workspace, iteration,
+                                  options, causal);
+    project_iterated_backward_into(k, points, projections, log_sum_exp, go, grad_q, grad_k,
+                                   grad_bandwidth, grad_prior, grad_step_size, workspace, iteration,
+                                   options, causal);
+    count = watch.count();
+  }
+  CHECK(count == 0);
+  CHECK(out == f.out);
+  CHECK(points.bottomRows(9) == f.points[2]);
+  CHECK(grad_q == g.queries);
+  CHECK(grad_k == g.keys);
+  CHECK(grad_prior == g.log_prior);
+  CHECK(grad_bandwidth == g.bandwidth);
+  CHECK(grad_step_size == g.step_size);
+  Eigen::MatrixXd few(18, 12);
+  out.setConstant(-7);
+  CHECK_THROWS_WITH(project_iterated_forward_into(q, k, out, few, projections, log_sum_exp,
+                                                  workspace, iteration, options, causal),
+                    contains_text("points is 18×12 but must be 27×12"));
+  CHECK_THROWS_WITH(project_iterated_forward_into(q, k, out, points, projections, log_sum_exp,
+                                                  Workspace(64), iteration, options, causal),
+                    contains_text("workspace has 64 bytes"));
+  CHECK((out.array() == -7).all());
+}
+
 TEST_CASE("project_iterated names what is wrong before it writes") {
   const Matrix<double> q = Matrix<double>::Ones(3, 4), k = Matrix<double>::Ones(5, 4);
   CHECK_THROWS_WITH(project_iterated(q, k, {.steps = -1}),

@@ -108,6 +108,111 @@ void diagnose(IteratedForward<Scalar>& forward, Index heads) {
   }
 }
 
+/// What is kept of T steps: a block of rows for each.
+template <class Points, class Projections, class LogSumExp>
+void require_steps(const Require& require, const Points& points, const Projections& projections,
+                   const LogSumExp& log_sum_exp, const Shape& shape, const Iteration& iteration) {
+  const Extent all{iteration.steps * shape.queries, shape.query_heads * shape.head_dim};
+  require.shape("points", extent(points), all, "the shape of queries, steps times");
+  require.shape("projections", extent(projections), all, "the shape of queries, steps times");
+  require.shape("log_sum_exp", extent(log_sum_exp), {all.rows, shape.query_heads},
+                "steps · queries × query heads");
+}
+
+/// What the backward pass keeps of one step, before the workspace of the projection's.
+template <class Scalar>
+struct IteratedBackwardBuffers {
+  using Map = Eigen::Map<Matrix<Scalar>>;
+  Map upstream, queries, keys, log_prior;
+
+  IteratedBackwardBuffers(Arena& arena, const Shape& shape)
+      : upstream(take(arena, shape.queries_extent())),
+        queries(take(arena, shape.queries_extent())),
+        keys(take(arena, shape.keys_extent())),
+        log_prior(take(arena, {shape.keys, shape.key_value_heads})) {}
+
+  static Map take(Arena& arena, Extent extent) {
+    return {arena.take<Scalar>(extent.rows * extent.cols), extent.rows, extent.cols};
+  }
+  static std::size_t bytes(const Shape& shape) {
+    Arena counter;
+    IteratedBackwardBuffers(counter, shape);
+    return counter.used() + Arena::alignment;
+  }
+};
+
+/// Where the gradients go.
+template <class Scalar>
+struct IteratedOutputs {
+  MatrixView<Scalar> queries, keys, log_prior;
+  Scalar* bandwidth;
+  Scalar* step_size;
+};
+
+/// One step back: dη, g_t from g_{t+1} = outputs.queries, and what the step adds to the rest. A query
+/// that saw no key gets and gives none.
+template <class Scalar, class Point, class Projection, class LogSumExp>
+void step_back(const Point& point, const Projection& projection, const LogSumExp& log_sum_exp,
+               Scalar step_size, Index width, const IteratedBackwardBuffers<Scalar>& inner,
+               Scalar grad_bandwidth, const IteratedOutputs<Scalar>& outputs) {
+  const MatrixView<Scalar> gradient = outputs.queries;
+  for (Index i = 0; i < gradient.rows; ++i) {
+    for (Index c = 0; c < gradient.cols; ++c) {
+      const bool takes_part = log_sum_exp(i, c / width) != simd::minus_infinity<Scalar>;
+      Scalar& entry = gradient(i, c);
+      if (takes_part) *outputs.step_size += entry * (projection(i, c) - point(i, c));
+      entry = takes_part ? (1 - step_size) * entry + inner.queries(i, c) : Scalar(0);
+    }
+  }
+  const auto add = [](const auto& from, MatrixView<Scalar> to) {
+    for (Index i = 0; i < to.rows; ++i) {
+      for (Index c = 0; c < to.cols; ++c) to(i, c) += from(i, c);
+    }
+  };
+  add(inner.keys, outputs.keys);
+  add(inner.log_prior, outputs.log_prior);
+  *outputs.bandwidth += grad_bandwidth;
+}
+
+/// The whole way back; step_at(t, use) calls use(q_t, P(q_t), its log-sum-exp).
+template <class Keys, class GradOut, class StepAt, class... Terms>
+void iterated_backward(const Keys& keys, const Iteration& iteration, const Shape& shape,
+                       const GradOut& grad_out, const StepAt& step_at,
+                       const IteratedOutputs<scalar_t<Keys>>& outputs, const Workspace& workspace,
+                       const SurfaceOptions& options, const Terms&... terms) {
+  using Scalar = scalar_t<Keys>;
+  static_assert(!(TrainableTermType<Terms> || ...),
+                "surfattn: project_iterated_backward gives no gradients of terms with parameters");
+  const std::size_t own = IteratedBackwardBuffers<Scalar>::bytes(shape);
+  Arena arena(workspace);
+  IteratedBackwardBuffers<Scalar> inner(arena, shape);
+  const Workspace rest(workspace.data() + own, workspace.size() - own);
+  const auto set = [](MatrixView<Scalar> to, const auto& value) {
+    for (Index i = 0; i < to.rows; ++i) {
+      for (Index c = 0; c < to.cols; ++c) to(i, c) = value(i, c);
+    }
+  };
+  const auto zero = [](Index, Index) { return Scalar(0); };
+  set(outputs.queries, grad_out);
+  set(outputs.keys, zero);
+  set(outputs.log_prior, zero);
+  *outputs.bandwidth = *outputs.step_size = Scalar(0);
+  const Scalar step_size = static_cast<Scalar>(iteration.step_size);
+  for (Index step = iteration.steps - 1; step >= 0; --step) {
+    step_at(step, [&](const auto& point, const auto& projection, const auto& log_sum_exp) {
+      Scalar grad_bandwidth(0);
+      for (Index i = 0; i < inner.upstream.rows(); ++i) {
+        for (Index c = 0; c < inner.upstream.cols(); ++c)
+          inner.upstream(i, c) = step_size * outputs.queries(i, c);
+      }
+      project_backward_into(point, keys, projection, log_sum_exp, inner.upstream, inner.queries,
+                            inner.keys, grad_bandwidth, inner.log_prior, rest, options, terms...);
+      step_back(point, projection, log_sum_exp, step_size, shape.head_dim, inner, grad_bandwidth,
+                outputs);
+    });
+  }
+}
+
 /// Bytes for P(q_t) and its log-sum-exp, before the workspace of the projection itself.
 template <class Scalar>
 std::size_t iterated_bytes(const Shape& shape) {
@@ -131,6 +236,21 @@ std::size_t iterated_workspace_size(const Queries& queries, const Keys& keys,
          detail::forward_workspace_size<Scalar>(shape, options.executor);
 }
 
+/// The same for `project_iterated_forward_into` (Pass::forward) or `project_iterated_backward_into`
+/// (Pass::backward).
+template <class Queries, class Keys, class... Terms>
+std::size_t iterated_workspace_size(Pass pass, const Queries& queries, const Keys& keys,
+                                    const SurfaceOptions& options = {}, const Terms&... terms) {
+  using Scalar = detail::scalar_t<Queries>;
+  const auto shape = detail::Require("iterated_workspace_size")
+                         .shapes(detail::extent(queries), detail::extent(keys),
+                                 detail::extent(keys), options.heads, options.sequences);
+  const std::size_t own = pass == Pass::backward
+                              ? detail::IteratedBackwardBuffers<Scalar>::bytes(shape)
+                              : std::size_t(0);
+  return own + workspace_size(pass, queries, keys, options, terms...);
+}
+
 /// q_T into `out`, Tq × (Hq·d), without allocating and without what the backward pass needs. Inputs
 /// must be stored matrices; `out` may be `queries` itself and overlaps nothing else.
 template <class Queries, class Keys, class Out, class... Terms>
@@ -150,7 +270,7 @@ void project_iterated_into(const Queries& queries, const Keys& keys, Out&& out,
   const std::size_t own = detail::iterated_bytes<Scalar>(shape);
   detail::check_workspace(require, workspace,
                           own + detail::forward_workspace_size<Scalar>(shape, nullptr));
-  detail::bind_terms(shape, require, terms...);
+  detail::term_binder(operands, require, terms...);
   detail::Arena arena(workspace);
   const Index cols = shape.query_heads * shape.head_dim;
   const detail::MatrixView<Scalar> projection{arena.take<Scalar>(shape.queries * cols),
@@ -203,6 +323,45 @@ auto project_iterated_forward(const Queries& queries, const Keys& keys, const It
   return forward;
 }
 
+/// `project_iterated_forward` into matrices of any storage, without allocating: q_T into `out`, and
+/// for the backward pass q_t, P(q_t) and its log-sum-exp, t < T, into the rows of `points`,
+/// `projections`, T·Tq × (Hq·d), and `log_sum_exp`, T·Tq × Hq, from row t·Tq on. `workspace` needs
+/// iterated_workspace_size(Pass::forward, queries, keys, options) bytes.
+template <class Queries, class Keys, class Out, class Points, class Projections, class LogSumExp,
+          class... Terms>
+void project_iterated_forward_into(const Queries& queries, const Keys& keys, Out&& out,
+                                   Points&& points, Projections&& projections,
+                                   LogSumExp&& log_sum_exp, const Workspace& workspace,
+                                   const Iteration& iteration, const SurfaceOptions& options = {},
+                                   const Terms&... terms) {
+  using Scalar = detail::scalar_t<Queries>;
+  detail::check_inputs_at_compile_time<Queries, Keys>();
+  detail::check_outputs_at_compile_time<Scalar, Out, Points, Projections, LogSumExp>();
+  constexpr detail::Require require("project_iterated_forward");
+  detail::check_iteration(iteration, require);
+  const auto& q = detail::stored(queries);
+  const auto& k = detail::stored(keys);
+  const auto operands = detail::surface_operands(q, k, options, require);
+  const detail::Shape& shape = operands.shape;
+  require.shape("out", detail::extent(out), shape.queries_extent(), "the shape of queries");
+  detail::require_steps(require, points, projections, log_sum_exp, shape, iteration);
+  detail::check_workspace(require, workspace,
+                          detail::forward_workspace_size<Scalar>(shape, nullptr));
+  detail::term_binder(operands, require, terms...);
+  out = q;
+  for (Index step = 0; step < iteration.steps; ++step) {
+    const auto rows = [&](auto& all) {
+      return all.middleRows(step * shape.queries, shape.queries);
+    };
+    auto point = rows(points);
+    auto projection = rows(projections), sums = rows(log_sum_exp);
+    point = out;
+    project_forward_into(point, k, projection, sums, workspace, options, terms...);
+    detail::take_step<Scalar>(detail::view(projection), detail::view(sums),
+                              static_cast<Scalar>(iteration.step_size), detail::view(out));
+  }
+}
+
 /// `project_iterated_forward` without what the backward pass needs: q_T, Tq × (Hq·d). Allocates its
 /// result, one projection and a workspace.
 template <class Queries, class Keys, class... Terms>
@@ -230,8 +389,6 @@ auto project_iterated_backward(const Queries& queries, const Keys& keys, const I
                                const IteratedForward<Scalar>& forward, const GradOut& grad_out,
                                const SurfaceOptions& options = {}, const Terms&... terms) {
   detail::check_inputs_at_compile_time<Queries, Keys, Matrix<Scalar>, GradOut>();
-  static_assert(!(detail::TrainableTermType<Terms> || ...),
-                "surfattn: project_iterated_backward gives no gradients of terms with parameters");
   constexpr detail::Require require("project_iterated_backward");
   detail::check_iteration(iteration, require);
   const auto shape = require.shapes(detail::extent(queries), detail::extent(keys),
@@ -243,36 +400,74 @@ auto project_iterated_backward(const Queries& queries, const Keys& keys, const I
   }
   require.shape("grad_out", detail::extent(grad_out), shape.queries_extent(),
                 "the shape of queries");
-  const auto& k = detail::stored(keys);
-  const bool shared_prior = options.prior.is_explicit() && options.prior.cols() == 1;
-  const Scalar step_size = static_cast<Scalar>(iteration.step_size);
-  IteratedGradients<Scalar> gradients{
-      grad_out, Matrix<Scalar>::Zero(k.rows(), k.cols()), Scalar(0),
-      Matrix<Scalar>::Zero(shape.keys, shared_prior ? 1 : shape.key_value_heads), Scalar(0)};
-  Matrix<Scalar>& gradient = gradients.queries;
-  for (Index step = iteration.steps - 1; step >= 0; --step) {
-    const auto at = static_cast<std::size_t>(step);
-    const Matrix<Scalar>& point = forward.points[at];
-    const Forward<Scalar>& projection = forward.projections[at];
-    const detail::MatrixView<const Scalar> seen = detail::view(projection.log_sum_exp);
+  for (const Matrix<Scalar>& point : forward.points)
     require.shape("forward.points", detail::extent(point), shape.queries_extent(),
                   "the shape of queries");
-    const auto inner =
-        project_backward(point, k, projection, step_size * gradient, options, terms...);
-    for (Index i = 0; i < gradient.rows(); ++i) {
-      for (Index c = 0; c < gradient.cols(); ++c) {
-        const bool takes_part = detail::sees_a_key(seen, i, c / shape.head_dim);
-        if (takes_part)
-          gradients.step_size += gradient(i, c) * (projection.out(i, c) - point(i, c));
-        gradient(i, c) =
-            takes_part ? (1 - step_size) * gradient(i, c) + inner.queries(i, c) : Scalar(0);
-      }
-    }
-    gradients.keys += inner.keys;
-    gradients.bandwidth += inner.bandwidth;
-    gradients.log_prior += inner.log_prior;
-  }
+  const auto& k = detail::stored(keys);
+  const auto& g = detail::stored(grad_out);
+  IteratedGradients<Scalar> gradients{
+      detail::matrix<Scalar>(shape.queries_extent()), detail::matrix<Scalar>(shape.keys_extent()),
+      Scalar(0), detail::matrix<Scalar>({shape.keys, shape.key_value_heads}), Scalar(0)};
+  detail::iterated_backward(
+      k, iteration, shape, g,
+      [&](Index step, const auto& use) {
+        const auto at = static_cast<std::size_t>(step);
+        use(forward.points[at], forward.projections[at].out, forward.projections[at].log_sum_exp);
+      },
+      {detail::view(gradients.queries), detail::view(gradients.keys),
+       detail::view(gradients.log_prior), &gradients.bandwidth, &gradients.step_size},
+      Workspace(iterated_workspace_size(Pass::backward, queries, k, options, terms...)), options,
+      terms...);
+  if (options.prior.is_explicit() && options.prior.cols() == 1)
+    gradients.log_prior = gradients.log_prior.rowwise().sum().eval();
   return gradients;
+}
+
+/// `project_iterated_backward` into matrices of any storage, without allocating, from what
+/// `project_iterated_forward_into` kept in `points`, `projections` and `log_sum_exp`. Outputs as for
+/// `project_backward_into`, and ∂loss/∂η. `workspace` needs iterated_workspace_size(Pass::backward,
+/// queries, keys, options, terms...) bytes.
+template <class Keys, class Points, class Projections, class LogSumExp, class GradOut,
+          class GradQueries, class GradKeys, class GradLogPrior, class... Terms>
+void project_iterated_backward_into(const Keys& keys, const Points& points,
+                                    const Projections& projections, const LogSumExp& log_sum_exp,
+                                    const GradOut& grad_out, GradQueries&& grad_queries,
+                                    GradKeys&& grad_keys, detail::scalar_t<Keys>& grad_bandwidth,
+                                    GradLogPrior&& grad_log_prior,
+                                    detail::scalar_t<Keys>& grad_step_size,
+                                    const Workspace& workspace, const Iteration& iteration,
+                                    const SurfaceOptions& options = {}, const Terms&... terms) {
+  using Scalar = detail::scalar_t<Keys>;
+  detail::check_inputs_at_compile_time<Keys, Points, Projections, LogSumExp, GradOut>();
+  detail::check_outputs_at_compile_time<Scalar, GradQueries, GradKeys, GradLogPrior>();
+  constexpr detail::Require require("project_iterated_backward");
+  detail::check_iteration(iteration, require);
+  const auto& k = detail::stored(keys);
+  const auto& g = detail::stored(grad_out);
+  const auto shape = require.shapes(detail::extent(g), detail::extent(k), detail::extent(k),
+                                    options.heads, options.sequences);
+  detail::require_steps(require, points, projections, log_sum_exp, shape, iteration);
+  require.shape("grad_queries", detail::extent(grad_queries), shape.queries_extent(),
+                "the shape of queries");
+  require.shape("grad_keys", detail::extent(grad_keys), shape.keys_extent(), "the shape of keys");
+  require.shape("grad_log_prior", detail::extent(grad_log_prior),
+                {shape.keys, shape.key_value_heads}, "keys × key/value heads");
+  SurfaceOptions serial = options;
+  serial.executor = nullptr;
+  detail::check_workspace(require, workspace,
+                          iterated_workspace_size(Pass::backward, g, k, serial, terms...));
+  detail::term_binder(detail::surface_operands(g, k, options, require), require, terms...);
+  detail::iterated_backward(
+      k, iteration, shape, g,
+      [&](Index step, const auto& use) {
+        const auto rows = [&](const auto& all) {
+          return all.middleRows(step * shape.queries, shape.queries);
+        };
+        use(rows(points), rows(projections), rows(log_sum_exp));
+      },
+      {detail::view(grad_queries), detail::view(grad_keys), detail::view(grad_log_prior),
+       &grad_bandwidth, &grad_step_size},
+      workspace, options, terms...);
 }
 
 }  // namespace surfattn
