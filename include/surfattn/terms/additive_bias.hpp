@@ -30,12 +30,7 @@ class AdditiveBias : public detail::TrainableTerm<AdditiveBias<Element>, Element
   using Base = detail::TrainableTerm<AdditiveBias<Element>, Element>;
 
  public:
-  template <detail::StoredMatrix Derived>
-  explicit AdditiveBias(const Derived& bias) : Base(bias) {}
-
-  /// A temporary matrix would be gone before the bias is used.
-  template <detail::OwningMatrix Derived>
-  explicit AdditiveBias(const Derived&&) = delete;
+  using Base::Base;
 
   AdditiveBias bind(const detail::Shape& shape, const detail::Require& require) const {
     check_shape(shape, require);
@@ -173,7 +168,5 @@ class AdditiveBias : public detail::TrainableTerm<AdditiveBias<Element>, Element
 
 template <detail::StoredMatrix Derived>
 explicit AdditiveBias(const Derived&) -> AdditiveBias<detail::scalar_t<Derived>>;
-template <detail::OwningMatrix Derived>
-explicit AdditiveBias(const Derived&&) -> AdditiveBias<detail::scalar_t<Derived>>;
 
 }  // namespace surfattn

@@ -53,6 +53,11 @@ class SequenceLengths {
   template <OffsetRange Range>
   explicit SequenceLengths(const Range& lengths) : lengths_(lengths), is_shared_(false) {}
 
+  /// Temporary lengths would be gone before they are used.
+  template <TemporaryRange Range>
+  requires OffsetRange<Range>
+  explicit SequenceLengths(const Range&&) = delete;
+
   /// The length of one sequence, checked to be at most `most`.
   Index of_sequence(const char* term, const Shape& shape, Extent most, const char* of_what,
                     const Require& require) const {
@@ -113,43 +118,25 @@ struct SlidingWindow {
 /// Of each sequence only the first keys are there; the rest is padding that nobody sees, whatever
 /// it holds. One length for all sequences, or a range (vector, array, span) of one for each, of
 /// signed 32- or 64-bit integers: a view, which must outlive the call.
-class KeyLengths {
+class KeyLengths : private detail::SequenceLengths {
  public:
-  constexpr explicit KeyLengths(Index length) : lengths_(length) {}
-  template <detail::OffsetRange Range>
-  explicit KeyLengths(const Range& lengths) : lengths_(lengths) {}
-
-  /// Temporary lengths would be gone before they are used.
-  template <detail::TemporaryRange Range>
-  requires detail::OffsetRange<Range>
-  explicit KeyLengths(const Range&&) = delete;
+  using SequenceLengths::SequenceLengths;
 
   detail::LengthRange bind(const detail::Shape& shape, const detail::Require& require) const {
-    return {lengths_.of_sequence("KeyLengths", shape, shape.keys_extent(), "keys", require)};
+    return {of_sequence("KeyLengths", shape, shape.keys_extent(), "keys", require)};
   }
-
- private:
-  detail::SequenceLengths lengths_;
 };
 
 /// Of each sequence only the first queries are there; the rest is padding that sees nothing: its
 /// output is 0, and so are the gradients from and to it. Lengths as for KeyLengths.
-class QueryLengths {
+class QueryLengths : private detail::SequenceLengths {
  public:
-  constexpr explicit QueryLengths(Index length) : lengths_(length) {}
-  template <detail::OffsetRange Range>
-  explicit QueryLengths(const Range& lengths) : lengths_(lengths) {}
-  template <detail::TemporaryRange Range>
-  requires detail::OffsetRange<Range>
-  explicit QueryLengths(const Range&&) = delete;
+  using SequenceLengths::SequenceLengths;
 
   detail::QueryLengthRange bind(const detail::Shape& shape, const detail::Require& require) const {
-    return {lengths_.of_sequence("QueryLengths", shape, shape.queries_extent(), "queries", require),
+    return {of_sequence("QueryLengths", shape, shape.queries_extent(), "queries", require),
             shape.keys};
   }
-
- private:
-  detail::SequenceLengths lengths_;
 };
 
 /// A dense mask: true where the query sees the key. A view of any stored Eigen matrix of bool or of

@@ -138,12 +138,7 @@ class Temperature : public detail::TrainableTerm<Temperature<Element>, Element> 
   using Base = detail::TrainableTerm<Temperature<Element>, Element>;
 
  public:
-  template <detail::StoredMatrix Derived>
-  explicit Temperature(const Derived& factors) : Base(factors) {}
-
-  /// A temporary would be gone before it is used.
-  template <detail::OwningMatrix Derived>
-  explicit Temperature(const Derived&&) = delete;
+  using Base::Base;
 
   Temperature bind(const detail::Shape& shape, const detail::Require& require) const {
     this->check_one_per_head(require, "Temperature", shape);
@@ -194,7 +189,5 @@ class Temperature : public detail::TrainableTerm<Temperature<Element>, Element> 
 
 template <detail::StoredMatrix Derived>
 explicit Temperature(const Derived&) -> Temperature<detail::scalar_t<Derived>>;
-template <detail::OwningMatrix Derived>
-explicit Temperature(const Derived&&) -> Temperature<detail::scalar_t<Derived>>;
 
 }  // namespace surfattn

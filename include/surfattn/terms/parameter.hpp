@@ -21,6 +21,17 @@ class TrainableTerm {
  public:
   using ParameterScalar = std::remove_const_t<Element>;
 
+  template <StoredMatrix Derived>
+  explicit TrainableTerm(const Derived& parameters) : parameters_(view(parameters)) {
+    static_assert(is_supported_scalar_v<ParameterScalar>,
+                  "surfattn: the parameters of a term must be float, double, long double or a "
+                  "16-bit number of Eigen's");
+  }
+
+  /// A temporary would be gone before it is used.
+  template <OwningMatrix Derived>
+  explicit TrainableTerm(const Derived&&) = delete;
+
   /// The same term, told where the backward pass writes ∂loss/∂parameters: a matrix of their shape
   /// and scalar type, in any storage, which must outlive the call and overlap nothing else. It is
   /// overwritten. A forward pass leaves it alone.
@@ -52,14 +63,6 @@ class TrainableTerm {
   bool wants_gradient() const { return gradient_.data != nullptr; }
 
  protected:
-  template <class Derived>
-  explicit TrainableTerm(const Eigen::MatrixBase<Derived>& parameters)
-      : parameters_(view(parameters.derived())) {
-    static_assert(is_supported_scalar_v<ParameterScalar>,
-                  "surfattn: the parameters of a term must be float, double, long double or a "
-                  "16-bit number of Eigen's");
-  }
-
   void check_gradient_shape(const Require& require, const char* name) const {
     if (!wants_gradient() || extent(gradient_) == parameter_extent()) return;
     require.shape((std::string("the gradient of ") + name).c_str(), extent(gradient_),

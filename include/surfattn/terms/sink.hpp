@@ -20,12 +20,7 @@ namespace surfattn {
 template <class Element>
 class Sink : public detail::TrainableTerm<Sink<Element>, Element> {
  public:
-  template <detail::StoredMatrix Derived>
-  explicit Sink(const Derived& logits) : detail::TrainableTerm<Sink<Element>, Element>(logits) {}
-
-  /// A temporary would be gone before it is used.
-  template <detail::OwningMatrix Derived>
-  explicit Sink(const Derived&&) = delete;
+  using detail::TrainableTerm<Sink<Element>, Element>::TrainableTerm;
 
   Sink bind(const detail::Shape& shape, const detail::Require& require) const {
     this->check_one_per_head(require, "Sink", shape);
@@ -45,7 +40,5 @@ class Sink : public detail::TrainableTerm<Sink<Element>, Element> {
 
 template <detail::StoredMatrix Derived>
 explicit Sink(const Derived&) -> Sink<detail::scalar_t<Derived>>;
-template <detail::OwningMatrix Derived>
-explicit Sink(const Derived&&) -> Sink<detail::scalar_t<Derived>>;
 
 }  // namespace surfattn
