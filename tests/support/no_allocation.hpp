@@ -2,6 +2,10 @@
 // watched, Eigen's through a switch and an assertion that throws in every kind of build, all others through operator new.
 #pragma once
 
+#if defined(EIGEN_CORE_H) || defined(EIGEN_CORE_MODULE_H)
+#error "include support/no_allocation.hpp before all that includes Eigen"
+#endif
+
 #define EIGEN_RUNTIME_NO_MALLOC
 #include <stdexcept>
 #define eigen_assert(condition) \
