@@ -149,11 +149,17 @@ TEST_CASE("A cache that does not fit its layer is refused", "[cache]") {
   const M x = M::Random(2, 6);
   CHECK_THROWS_WITH(
       layer_append(x, layers.merged, cache),
-      "surfattn::layer_append: cache holds keys of 8 and values of 6 numbers a token but these "
-      "weights need 6 numbers, with their heads and scale: make it with layer_cache");
+      "surfattn::layer_append: cache holds keys of 8 and values of 6 numbers for 4 query heads on "
+      "2 "
+      "but these weights need keys of 6 numbers for 4 query heads on 1: make it with layer_cache");
   auto rescaled = layers.standard;
   rescaled.scale = 0.1;
-  CHECK_THROWS_AS(layer_decode(x, rescaled, cache), std::invalid_argument);
+  CHECK_THROWS_WITH(layer_decode(x, rescaled, cache),
+                    "surfattn::layer_decode: cache has the scale 0.500000 but these weights need "
+                    "0.100000: make it with layer_cache");
+  const Eigen::Matrix<bool, 2, 3> mask = Eigen::Matrix<bool, 2, 3>::Constant(true);
+  CHECK_THROWS_AS(layer_decode(x, layers.standard, cache, {}, BoolMask(mask)),
+                  std::invalid_argument);
   CHECK_THROWS_WITH(
       layer_append(M(2, 5), layers.standard, cache),
       "surfattn::layer_append: y is 2×5 but must be 2×6 (the width that the weights take)");

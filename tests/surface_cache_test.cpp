@@ -7,12 +7,16 @@
 
 #include <Eigen/Core>
 #include <algorithm>
+#include <cstdint>
+#include <cstring>
 #include <random>
 #include <sstream>
 #include <string>
 #include <surfattn/executors/thread_pool.hpp>
 #include <surfattn/surface_cache.hpp>
 #include <thread>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "support/accuracy.hpp"
@@ -155,6 +159,8 @@ struct Tracked {
 
   void check() const {
     REQUIRE(cache.size() == Index(rows.size()));
+    if (cache.window())
+      CHECK(cache.capacity() <= 2 * *cache.window());  // a shared past and its own
     const Matrix<double> held = cache.keys();
     bool same = true;
     for (Index j = 0; j < held.rows(); ++j)
@@ -178,6 +184,10 @@ struct Tracked {
     cache.drop_front(count);
     rows.erase(rows.begin(), rows.begin() + count);
   }
+  void drop_newest(Index count) {
+    cache.drop_back(count);
+    rows.erase(rows.end() - count, rows.end());
+  }
   Tracked fork(Index capacity) const { return {cache.fork(capacity), rows}; }
 };
 
@@ -193,11 +203,13 @@ TEST_CASE("Appending, dropping, resetting and forking, in any order", "[cache]")
       CAPTURE(seed(), round, step, caches.size());
       const std::size_t at = std::size_t(below(Index(caches.size())));
       Tracked& one = caches[at];
-      const Index action = below(10);
+      const Index action = below(11);
       if (action < 5) {
         one.append(below(action == 0 ? 20 : 4), random);
       } else if (action < 7) {
         one.drop(below(one.cache.size() + 1));
+      } else if (action == 10) {
+        one.drop_newest(below(one.cache.size() + 1));
       } else if (action == 7) {
         one.cache.reset();
         one.rows.clear();
@@ -209,6 +221,46 @@ TEST_CASE("Appending, dropping, resetting and forking, in any order", "[cache]")
       }
       for (const Tracked& each : caches) each.check();
     }
+  }
+}
+
+TEST_CASE("A cache is moved or forked, never copied by accident", "[cache]") {
+  static_assert(!std::is_copy_constructible_v<Surface<float>>);
+  static_assert(!std::is_copy_assignable_v<Surface<float>>);
+  static_assert(std::is_nothrow_move_constructible_v<Surface<float>>);
+  CHECK(Surface<float>(16, {}).values_are_keys());
+  Surface<float> from(2), empty = std::move(from);
+  from = Surface<float>(2, {.capacity = 3});
+  from.append(Matrix<float>::Random(2, 2));
+  const Surface<float> to = std::move(from);
+  CHECK(to.size() == 2);
+  CHECK(from.is_empty());  // NOLINT: what was moved from is empty
+  CHECK(from.capacity() == 0);
+  CHECK(from.keys().rows() == 0);
+  from.append(Matrix<float>::Random(1, 2));
+  CHECK(from.size() == 1);
+}
+
+TEST_CASE("Kernels of the distance act on a surface whose prior is uniform", "[cache]") {
+  const Matrix<double> keys = Matrix<double>::Random(30, 3), query = Matrix<double>::Random(2, 3);
+  Surface<double> surface(3, {.bandwidth = 0.5});
+  surface.append(keys);
+  const auto difference = surface.project(query, {}, StudentT{2}) -
+                          project(query, keys, {.bandwidth = 0.5}, StudentT{2});
+  CHECK(difference.cwiseAbs().maxCoeff() <= 1e-13);
+  surface.append_with_prior(keys, RowVector<double>::Zero(30).transpose());
+  CHECK_THROWS_AS(surface.project(query, {}, StudentT{2}), std::invalid_argument);
+}
+
+TEST_CASE("A workspace serves every number of queries up to its own, at any size", "[cache]") {
+  Surface<float> surface(64, {.heads = {8}});
+  surface.append(Matrix<float>::Random(20000, 64));
+  const Workspace workspace(surface.workspace_size(40));
+  for (const Index queries : {1, 2, 3, 17, 40}) {
+    const Matrix<float> rows = Matrix<float>::Random(queries, 64);
+    Matrix<float> out(queries, 64);
+    surface.project_into(rows, out, workspace);
+    CHECK(same_bits(out, surface.project(rows)));
   }
 }
 
@@ -384,6 +436,22 @@ TEST_CASE("What is no saved cache is refused", "[cache]") {
   CHECK_THROWS_WITH(
       Surface<double>::restore(stream),
       "surfattn::Surface::restore: the stream is not a saved cache of this scalar type");
+  // checksums that are right do not make sizes that contradict each other a cache
+  const auto forged = [&](std::size_t field, std::int64_t value) {
+    std::string bytes = good.substr(0, 16 + 10 * 8 + sizeof(float));
+    std::memcpy(bytes.data() + 16 + field * 8, &value, sizeof value);
+    detail::Checksum sum;
+    sum.add(bytes.data(), bytes.size());
+    const std::uint64_t checksum = sum.value();
+    bytes.append(reinterpret_cast<const char*>(&checksum), sizeof checksum);
+    return bytes + good.substr(bytes.size());
+  };
+  CHECK_NOTHROW(restored(forged(7, 5)));  // its size
+  for (const auto& [field, value] : std::vector<std::pair<std::size_t, std::int64_t>>{
+           {0, 0}, {1, -1}, {2, -3}, {3, 4}, {5, 0}, {6, 4}, {6, -1}, {7, 6}, {7, -1}, {8, 4}}) {
+    CAPTURE(field, value);
+    CHECK_THROWS_AS(restored(forged(field, value)), std::invalid_argument);
+  }
   std::ostringstream full;
   full.setstate(std::ios::badbit);
   CHECK_THROWS_AS(surface.save(full), std::invalid_argument);
@@ -399,7 +467,8 @@ TEST_CASE("Mistakes are named, and change nothing", "[cache]") {
     CHECK_THROWS_WITH(call(), "surfattn::Surface" + sentence);
   };
   says([] { Surface<float>(4, {.window = 0}); }, ": window must be at least 1, but is 0");
-  says([] { Surface<float>(4, {.capacity = -1}); }, ": capacity must not be negative, but is -1");
+  says([] { Surface<float>(4, {.capacity = -1}); },
+       ": capacity must be between 0 and 2⁴⁰, but is -1");
   says([] { Surface<float>(4, {.bandwidth = -0.5}); },
        ": bandwidth must be positive and finite, but is -0.500000");
   says([] { Surface<float>(4, {.scale = 1, .bandwidth = 1}); },
@@ -409,7 +478,7 @@ TEST_CASE("Mistakes are named, and change nothing", "[cache]") {
   CHECK_THROWS_AS(Surface<float>(5, {.heads = {2}}), std::invalid_argument);
   CHECK_THROWS_AS(Surface<float>(4, {.heads = {0}}), std::invalid_argument);
   says([] { Surface<float>(-4); },
-       ": the widths of keys and values must not be negative, but are -4 and 0");
+       ": the widths of keys and values must not be negative, but are -4 and -4");
   CHECK_THROWS_AS(Surface<float>(4, 5, {.heads = {2}}), std::invalid_argument);
 
   says([&] { surface.project(M(1, 4)); }, "::project: the cache is empty: append keys first");
@@ -417,7 +486,7 @@ TEST_CASE("Mistakes are named, and change nothing", "[cache]") {
        "::append: keys is 2×5 but must be 2×4 (the width that the cache was made for)");
   says([&] { surface.append(M(2, 4), M(2, 4)); },
        "::append: in this cache the keys are the values");
-  says([&] { cache.append(M(2, 4)); }, "::append: this cache holds keys and values");
+  says([&] { cache.append(M(2, 4)); }, "::append: this cache holds keys and values, for attend");
   says([&] { cache.append(M(2, 4), M(3, 6)); },
        "::append: values is 3×6 but must be 2×6 (one row for each key, of the width that the cache "
        "was made for)");
@@ -432,11 +501,14 @@ TEST_CASE("Mistakes are named, and change nothing", "[cache]") {
 
   cache.append(M::Random(2, 4), M::Random(2, 6));
   surface.append(M::Random(2, 4));
-  says([&] { cache.project(M(1, 4)); }, "::project: this cache holds keys and values");
+  says([&] { cache.project(M(1, 4)); }, "::project: this cache holds keys and values, for attend");
   says([&] { surface.attend(M(1, 4), M(3, 3)); },
        "::attend: readout is 3×3 but must be 4×3 (one row for each column of the output)");
   says([&] { surface.drop_front(3); }, "::drop_front: count is 3 but the cache holds 2 keys");
-  says([&] { surface.fork(-1); }, "::fork: capacity must not be negative, but is -1");
+  says([&] { surface.fork(-1); }, "::fork: capacity must be between 0 and 2⁴⁰, but is -1");
+  says([&] { surface.drop_back(3); }, "::drop_back: count is 3 but the cache holds 2 keys");
+  says([&] { surface.workspace_size(-1); },
+       "::workspace_size: queries must not be negative, but is -1");
   says([&] { ring.reserve(5); },
        "::reserve: this cache is a ring buffer: its memory is its window");
   CHECK_THROWS_AS(surface.project(M(1, 6)), std::invalid_argument);

@@ -11,6 +11,15 @@
 namespace surfattn {
 namespace detail {
 
+template <class Scalar>
+accumulator_t<Scalar> checked_scale(std::optional<double> option, Index head_dim,
+                                    const Require& require) {
+  require.finite("scale", option);
+  const auto scale = scale_or_default<Scalar>(option, head_dim);
+  require.usable_scale(scale, false);
+  return scale;
+}
+
 /// Views and sizes of a call in the standard form, checked.
 template <class Queries, class Keys, class Values>
 Operands<scalar_t<Queries>> attention_operands(const Queries& queries, const Keys& keys,
@@ -21,7 +30,7 @@ Operands<scalar_t<Queries>> attention_operands(const Queries& queries, const Key
   operands.shape = require.shapes(extent(queries), extent(keys),
                                   require.values_extent(keys, values, options.heads), options.heads,
                                   options.sequences);
-  require.finite("scale", options.scale);
+  operands.scale = checked_scale<Scalar>(options.scale, operands.shape.head_dim, require);
   operands.queries = view(queries);
   operands.keys = view(keys);
   operands.values_are_keys = is_left_columns_v<Values>;
@@ -30,8 +39,6 @@ Operands<scalar_t<Queries>> attention_operands(const Queries& queries, const Key
   } else {
     operands.values = view(values);
   }
-  operands.scale = scale_or_default<Scalar>(options.scale, operands.shape.head_dim);
-  require.usable_scale(operands.scale, false);
   return operands;
 }
 

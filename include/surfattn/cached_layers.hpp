@@ -34,7 +34,7 @@ struct TokenOptions {
   /// who runs the tasks of the attention; the calling thread alone where there is none
   Executor* executor = nullptr;
   /// The positions of the tokens, one for each row, for weights that rotate; without them, appended
-  /// tokens are counted on from those before them.
+  /// tokens are counted from cache.appended() on.
   Positions positions = {};
 };
 
@@ -60,43 +60,59 @@ void rotate_tokens(const StandardWeights<Scalar>& weights, Index heads,
 }
 
 template <class Scalar>
-Surface<Scalar> make_cache(const StandardWeights<Scalar>& weights, const LayerCacheOptions& options,
-                           const Require& require) {
-  const Shape shape = layer_shape(weights, require);
-  CacheOptions cache{.scale = weights.scale,
-                     .heads = weights.heads,
-                     .capacity = options.capacity,
-                     .window = options.window};
-  if (!shares_keys(weights))
-    return {weights.key.cols(), shape.key_value_heads * shape.value_dim, cache};
-  cache.prior = KeyPrior::sdpa;
-  return Surface<Scalar>(weights.key.cols(), cache);
+CacheOptions cache_options(const StandardWeights<Scalar>& weights,
+                           const LayerCacheOptions& options) {
+  return {.scale = weights.scale,
+          .heads = weights.heads,
+          .prior = shares_keys(weights) ? KeyPrior::sdpa : KeyPrior::uniform,
+          .capacity = options.capacity,
+          .window = options.window};
+}
+template <class Scalar>
+CacheOptions cache_options(const SurfaceWeights<Scalar>& weights,
+                           const LayerCacheOptions& options) {
+  return {.scale = weights.scale,
+          .heads = {.query = weights.heads, .key_value = 1},
+          .prior = KeyPrior::sdpa,
+          .capacity = options.capacity,
+          .window = options.window};
 }
 
 template <class Scalar>
-Surface<Scalar> make_cache(const SurfaceWeights<Scalar>& weights, const LayerCacheOptions& options,
-                           const Require& require) {
-  const Index width = surface_width(weights, require);
-  return Surface<Scalar>(width, {.scale = weights.scale,
-                                 .heads = {.query = weights.heads, .key_value = 1},
-                                 .prior = KeyPrior::sdpa,
-                                 .capacity = options.capacity,
-                                 .window = options.window});
+CacheShape<Scalar> cache_shape(const StandardWeights<Scalar>& weights, const CacheOptions& options,
+                               const Require& require) {
+  const Shape shape = layer_shape(weights, require);
+  if (shares_keys(weights)) return surface_cache_shape<Scalar>(weights.key.cols(), options);
+  return standard_cache_shape<Scalar>(weights.key.cols(), shape.values_extent().cols, options);
+}
+template <class Scalar>
+CacheShape<Scalar> cache_shape(const SurfaceWeights<Scalar>& weights, const CacheOptions& options,
+                               const Require& require) {
+  return surface_cache_shape<Scalar>(surface_width(weights, require), options);
 }
 
-/// A cache made for these weights: compared with one that is.
+/// Compares a cache with one made for these weights.
 template <class Weights, class Scalar>
 void require_cache(const Require& require, const Weights& weights, const Surface<Scalar>& cache) {
-  const Surface<Scalar> expected = make_cache(weights, {}, require);
-  const bool fits = cache.has_shape_of(expected);
-  if (fits) return;
-  const auto widths = [](const Surface<Scalar>& of) {
-    return of.values_are_keys() ? std::to_string(of.key_width()) + " numbers"
-                                : "keys of " + std::to_string(of.key_width()) + " and values of " +
-                                      std::to_string(of.value_width()) + " numbers";
-  };
-  require.fail("cache holds " + widths(cache) + " a token but these weights need " +
-               widths(expected) + ", with their heads and scale: make it with layer_cache");
+  static_assert(std::is_same_v<Scalar, typename decltype(Weights::output_bias)::Scalar>,
+                "surfattn: the cache of a layer must be of the scalar type of its weights");
+  const auto expected = cache_shape(weights, cache_options(weights, {}), require);
+  if (!cache.shape().has_sizes_of(expected)) {
+    const auto words = [](const CacheShape<Scalar>& shape) {
+      return (shape.values_are_keys ? "keys of " + std::to_string(shape.key_width)
+                                    : "keys of " + std::to_string(shape.key_width) +
+                                          " and values of " + std::to_string(shape.value_width)) +
+             " numbers for " + std::to_string(shape.heads.query) + " query heads on " +
+             std::to_string(shape.key_value_heads());
+    };
+    require.fail("cache holds " + words(cache.shape()) + " but these weights need " +
+                 words(expected) + ": make it with layer_cache");
+  }
+  if (cache.scale() != expected.scale) {
+    require.fail("cache has the scale " + std::to_string(cache.scale()) +
+                 " but these weights need " + std::to_string(expected.scale) +
+                 ": make it with layer_cache");
+  }
 }
 
 template <class Y, class Scalar>
@@ -157,6 +173,17 @@ Index key_input_width(const SurfaceWeights<Scalar>& weights) {
   return weights.metric.cols() / weights.heads;
 }
 
+/// Calls use(first, count, keys) for each run of tokens that is appended at once, after which the
+/// cache holds `keys` keys: as many as a window has room for, then one by one.
+template <class Scalar, class Use>
+void for_each_run(const Surface<Scalar>& cache, Index tokens, const Use& use) {
+  const Index held = cache.size(), most = cache.window().value_or(held + tokens);
+  for (Index first = 0, count; first < tokens; first += count) {
+    count = std::clamp<Index>(most - held - first, 1, tokens - first);
+    use(first, count, std::min(most, held + first + count));
+  }
+}
+
 template <class Scalar>
 bool rotates(const StandardWeights<Scalar>& weights) {
   return weights.rotary.has_value();
@@ -199,7 +226,11 @@ auto around(const Require& require, const X& x, const BlockWeights<Layer>& weigh
 /// not fit together; a negative capacity, a window below 1.
 template <class Weights>
 auto layer_cache(const Weights& weights, const LayerCacheOptions& options = {}) {
-  return detail::make_cache(weights, options, detail::Require("layer_cache"));
+  using Scalar = typename decltype(Weights::output_bias)::Scalar;
+  const CacheOptions cache = detail::cache_options(weights, options);
+  const auto shape = detail::cache_shape(weights, cache, detail::Require("layer_cache"));
+  return shape.values_are_keys ? Surface<Scalar>(shape.key_width, cache)
+                               : Surface<Scalar>(shape.key_width, shape.value_width, cache);
 }
 
 /// Appends the tokens y: m × Dy to a layer's cache: their keys and values, or in the surface form y
@@ -234,9 +265,12 @@ Matrix<Scalar> layer_attend(const X& x, const Weights& weights, const Surface<Sc
 }
 
 /// The next tokens x: m × D of causal self-attention: each sees those before it, which the cache
-/// holds, and itself. The same rows as layer_forward(all, all, weights, {}, Causal{…}, terms…) gives
-/// for all tokens so far. They are appended to the cache; where its window is too small for all of
-/// them, one by one, so that each sees as many tokens as the window has. Errors as for layer_append.
+/// holds, and itself. They are appended to the cache; once its window is full, one by one, so that
+/// each sees as many tokens as the window has. Gives the rows that layer_forward(all, all, weights,
+/// {}, Causal{…}, terms…) gives for all tokens so far, with terms that depend on how far query and
+/// key lie from the end (Align::bottom_right) or on neither; a term that counts from the first query
+/// or key, such as Dropout, MaskFunction or a matrix of biases, counts within the call and from the
+/// oldest key held. Errors as for layer_append, and of the terms; nothing is appended then.
 template <class X, class Weights, class Scalar, class... Terms>
 Matrix<Scalar> layer_decode(const X& x, const Weights& weights, Surface<Scalar>& cache,
                             const TokenOptions& options = {}, const Terms&... terms) {
@@ -245,18 +279,19 @@ Matrix<Scalar> layer_decode(const X& x, const Weights& weights, Surface<Scalar>&
   detail::require_cache(require, weights, cache);
   for (const Index width : {detail::query_input_width(weights), detail::key_input_width(weights)})
     detail::require_tokens(require, "x", x, width, weights, options.positions, true);
+  detail::for_each_run(cache, x.rows(), [&](Index, Index count, Index keys) {
+    cache.check_terms(require, count, keys, terms...);
+  });
   const auto& tokens = detail::stored(x);
-  const bool at_once = !cache.window() || cache.size() + tokens.rows() <= *cache.window();
-  const Index step = at_once ? std::max<Index>(tokens.rows(), 1) : 1;
   Matrix<Scalar> out(tokens.rows(), detail::output_width(weights));
-  for (Index first = 0; first < tokens.rows(); first += step) {
-    const auto next = tokens.middleRows(first, step);
+  detail::for_each_run(cache, tokens.rows(), [&](Index first, Index count, Index) {
+    const auto next = tokens.middleRows(first, count);
     const detail::TokenPositions positions{options.positions,
                                            options.positions.is_given() ? first : cache.appended()};
     detail::append_tokens(next, weights, positions, cache);
-    out.middleRows(first, step) = detail::attend_to_cache(
+    out.middleRows(first, count) = detail::attend_to_cache(
         next, weights, positions, cache, {options.executor}, Causal{Align::bottom_right}, terms...);
-  }
+  });
   return out;
 }
 

@@ -21,6 +21,18 @@ accumulator_t<Scalar> surface_scale(const SurfaceOptions& options, Index head_di
   return 1 / (bandwidth * bandwidth);
 }
 
+template <class Scalar>
+accumulator_t<Scalar> checked_surface_scale(const SurfaceOptions& options, Index head_dim,
+                                            const Require& require) {
+  if (options.scale && options.bandwidth)
+    require.fail("give scale or bandwidth, not both: scale = 1/bandwidth²");
+  require.positive("scale", options.scale);
+  require.positive("bandwidth", options.bandwidth);
+  const auto scale = surface_scale<Scalar>(options, head_dim);
+  require.usable_scale(scale, true);
+  return scale;
+}
+
 /// Views and sizes of a call in the surface form, checked: −‖q − k‖²/(2σ²) = β·q·k − β‖q‖²/2 −
 /// β‖k‖²/2 with β = 1/σ², and the prior `sdpa` takes the keys' norms away again.
 template <class Queries, class Keys>
@@ -31,16 +43,11 @@ Operands<scalar_t<Queries>> surface_operands(const Queries& queries, const Keys&
   Operands<Scalar> operands;
   operands.shape =
       require.shapes(extent(queries), extent(keys), extent(keys), options.heads, options.sequences);
-  if (options.scale && options.bandwidth)
-    require.fail("give scale or bandwidth, not both: scale = 1/bandwidth²");
-  require.positive("scale", options.scale);
-  require.positive("bandwidth", options.bandwidth);
+  operands.scale = checked_surface_scale<Scalar>(options, operands.shape.head_dim, require);
   require.template key_prior<Scalar>(options.prior, operands.shape);
   operands.queries = view(queries);
   operands.keys = operands.values = view(keys);
   operands.values_are_keys = true;
-  operands.scale = surface_scale<Scalar>(options, operands.shape.head_dim);
-  require.usable_scale(operands.scale, true);
   if (!options.prior.is_sdpa())
     operands.query_norm_weight = operands.key_norm_weight = -operands.scale / 2;
   if (options.prior.is_explicit()) {

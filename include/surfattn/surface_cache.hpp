@@ -2,6 +2,8 @@
 
 #pragma once
 
+#include <algorithm>
+#include <concepts>
 #include <cstdint>
 #include <optional>
 #include <string>
@@ -48,10 +50,24 @@ struct CacheShape {
 
   Index key_value_heads() const { return heads.key_value.value_or(heads.query); }
   Index head_dim() const { return key_width / key_value_heads(); }
+
+  /// Whether both are of one form, with the same widths and heads.
+  bool has_sizes_of(const CacheShape& other) const {
+    return heads.query == other.heads.query && key_value_heads() == other.key_value_heads() &&
+           value_width == other.value_width && values_are_keys == other.values_are_keys &&
+           widths() == other.widths();
+  }
   KeyWidths widths() const {
     return {key_width, values_are_keys ? 0 : value_width, has_log_prior ? key_value_heads() : 0};
   }
 };
+
+/// So many keys that the bytes of no cache overflow.
+inline void require_capacity(const Require& require, Index capacity) {
+  constexpr Index most = Index(1) << 40;
+  if (0 <= capacity && capacity <= most) return;
+  require.fail("capacity must be between 0 and 2⁴⁰, but is " + std::to_string(capacity));
+}
 
 /// What a saved cache begins with: it cannot be read by another format, byte order or scalar.
 template <class Scalar>
@@ -64,92 +80,96 @@ struct CacheMagic {
   bool operator==(const CacheMagic&) const = default;
 };
 
-template <class Scalar>
-void write_shape(const CacheShape<Scalar>& shape, Index size, Index appended, CheckedWriter& to) {
-  to.write(CacheMagic<Scalar>{});
-  const std::int64_t sizes[] = {shape.heads.query,
-                                shape.key_value_heads(),
-                                shape.key_width,
-                                shape.value_width,
-                                shape.values_are_keys,
-                                shape.has_log_prior,
-                                shape.window.value_or(0),
-                                size,
-                                appended};
-  to.write(sizes, std::size(sizes));
-  to.write(shape.scale);
-  to.write_checksum();
-}
-
-/// Reads what write_shape wrote; `size` is the number of keys that follow, of all that were appended.
-template <class Scalar>
-CacheShape<Scalar> read_shape(CheckedReader& from, const Require& require, Index& size,
-                              Index& appended) {
-  if (from.read<CacheMagic<Scalar>>() != CacheMagic<Scalar>{})
-    require.fail("the stream is not a saved cache of this scalar type");
-  std::int64_t sizes[9] = {};
-  from.read(sizes, std::size(sizes));
-  CacheShape<Scalar> shape;
-  shape.heads = {sizes[0], sizes[1]};
-  shape.key_width = sizes[2];
-  shape.value_width = sizes[3];
-  shape.values_are_keys = sizes[4] != 0;
-  shape.has_log_prior = sizes[5] != 0;
-  if (sizes[6] > 0) shape.window = sizes[6];
-  size = sizes[7];
-  appended = sizes[8];
-  shape.scale = from.read<accumulator_t<Scalar>>();
-  from.check_checksum();
-  return shape;
-}
-
-/// What both forms need; returns the width of a head, for the others to be checked against.
-inline Index require_cache_sizes(const Require& require, Index key_width, Index value_width,
-                                 const CacheOptions& options) {
+/// What both forms need.
+inline void require_cache_sizes(const Require& require, Index key_width, Index value_width,
+                                const Heads& heads, std::optional<Index> window, Index capacity) {
   if (key_width < 0 || value_width < 0) {
     require.fail("the widths of keys and values must not be negative, but are " +
                  std::to_string(key_width) + " and " + std::to_string(value_width));
   }
-  if (options.window && *options.window < 1)
-    require.fail("window must be at least 1, but is " + std::to_string(*options.window));
-  if (options.capacity < 0)
-    require.fail("capacity must not be negative, but is " + std::to_string(options.capacity));
-  return key_width / std::max<Index>(options.heads.key_value.value_or(options.heads.query), 1);
+  if (window && *window < 1)
+    require.fail("window must be at least 1, but is " + std::to_string(*window));
+  require_capacity(require, capacity);
+  // A call of no queries and no keys, for its checks of heads and widths.
+  const Index key_value_heads = std::max<Index>(heads.key_value.value_or(heads.query), 1);
+  const Index query_width = key_width / key_value_heads * std::max<Index>(heads.query, 0);
+  require.shapes({0, query_width}, {0, key_width}, {0, value_width}, heads, {});
 }
 
-/// Checks the options of a cache as those of a call without queries and keys.
 template <class Scalar>
 CacheShape<Scalar> surface_cache_shape(Index key_width, const CacheOptions& options) {
   constexpr Require require("Surface");
-  const Index head_dim = require_cache_sizes(require, key_width, 0, options);
+  require_cache_sizes(require, key_width, key_width, options.heads, options.window,
+                      options.capacity);
   if (options.prior.is_explicit()) {
     require.fail(
         "the prior of a cache is uniform or sdpa; log-weights are given to append_with_prior, with "
         "their keys");
   }
-  const SurfaceOptions call{.scale = options.scale,
-                            .heads = options.heads,
-                            .bandwidth = options.bandwidth,
-                            .prior = options.prior};
-  const Matrix<Scalar> queries(0, head_dim * std::max<Index>(options.heads.query, 0)),
-      keys(0, key_width);
-  const auto scale = surface_operands(queries, keys, call, require).scale;
-  return {options.heads, key_width,     key_width, true, !options.prior.is_sdpa(),
-          scale,         options.window};
+  CacheShape<Scalar> shape{options.heads, key_width, key_width, true, !options.prior.is_sdpa(), {},
+                           options.window};
+  shape.scale = checked_surface_scale<Scalar>(
+      {.scale = options.scale, .bandwidth = options.bandwidth}, shape.head_dim(), require);
+  return shape;
 }
 
 template <class Scalar>
 CacheShape<Scalar> standard_cache_shape(Index key_width, Index value_width,
                                         const CacheOptions& options) {
   constexpr Require require("Surface");
-  const Index head_dim = require_cache_sizes(require, key_width, value_width, options);
+  require_cache_sizes(require, key_width, value_width, options.heads, options.window,
+                      options.capacity);
   if (options.bandwidth || options.prior.is_explicit() || options.prior.is_sdpa())
     require.fail("a cache of keys and values has a scale, and neither bandwidth nor prior");
-  const Matrix<Scalar> queries(0, head_dim * std::max<Index>(options.heads.query, 0)),
-      keys(0, key_width), values(0, value_width);
-  const Options call{.scale = options.scale, .heads = options.heads};
-  const auto scale = attention_operands(queries, keys, values, call, require).scale;
-  return {options.heads, key_width, value_width, false, false, scale, options.window};
+  CacheShape<Scalar> shape{options.heads, key_width, value_width, false, false, {}, options.window};
+  shape.scale = checked_scale<Scalar>(options.scale, shape.head_dim(), require);
+  return shape;
+}
+
+/// What a cache holds when it is saved, besides its rows.
+struct CacheContent {
+  Index size = 0;
+  Index appended = 0;
+  bool has_own_priors = false;
+};
+
+template <class Scalar>
+void write_shape(const CacheShape<Scalar>& shape, const CacheContent& content, CheckedWriter& to) {
+  to.write(CacheMagic<Scalar>{});
+  const std::int64_t sizes[] = {
+      shape.heads.query,     shape.key_value_heads(), shape.key_width,          shape.value_width,
+      shape.values_are_keys, shape.has_log_prior,     shape.window.value_or(0), content.size,
+      content.appended,      content.has_own_priors};
+  to.write(sizes, std::size(sizes));
+  to.write(shape.scale);
+  to.write_checksum();
+}
+
+/// Reads what write_shape wrote, and checks it as if it had been given to a constructor.
+template <class Scalar>
+CacheShape<Scalar> read_shape(CheckedReader& from, const Require& require, CacheContent& content) {
+  if (from.read<CacheMagic<Scalar>>() != CacheMagic<Scalar>{})
+    require.fail("the stream is not a saved cache of this scalar type");
+  std::int64_t sizes[10] = {};
+  from.read(sizes, std::size(sizes));
+  CacheShape<Scalar> shape{{sizes[0], sizes[1]},
+                           sizes[2],
+                           sizes[3],
+                           sizes[4] != 0,
+                           sizes[5] != 0,
+                           from.read<accumulator_t<Scalar>>(),
+                           {}};
+  if (sizes[6] != 0) shape.window = sizes[6];
+  content = {sizes[7], sizes[8], sizes[9] != 0};
+  from.check_checksum();
+  require_cache_sizes(require, shape.key_width, shape.value_width, shape.heads, shape.window, 0);
+  require.usable_scale(shape.scale, shape.values_are_keys);
+  const bool holds_together =
+      0 <= content.size && content.size <= content.appended &&
+      content.size <= shape.window.value_or(content.size) &&
+      (shape.values_are_keys ? shape.value_width == shape.key_width : !shape.has_log_prior);
+  if (!holds_together) require.fail("the stream does not hold a cache: its sizes contradict");
+  return shape;
 }
 
 }  // namespace detail
@@ -168,7 +188,8 @@ CacheShape<Scalar> standard_cache_shape(Index key_width, Index value_width,
 /// What it gives is what `project` or `attention` gives for the same keys, oldest first: the same
 /// bits in the standard form and under KeyPrior::sdpa while the keys lie in one piece of memory,
 /// within rounding otherwise, since norms are formed once, when a key is appended, and tiles end
-/// where a piece of memory ends. Terms count keys from the oldest that is held.
+/// where a piece of memory ends. Only where there is no key yet it reports an error, since nothing
+/// can be projected onto nothing. Terms count keys from the oldest that is held.
 ///
 /// The cache holds one row for each key: d numbers a head in the surface form, d + dv in the
 /// standard form, and a log-weight for each key/value head where the prior is not sdpa. With
@@ -177,8 +198,10 @@ CacheShape<Scalar> standard_cache_shape(Index key_width, Index value_width,
 /// does not grow and no key is ever moved.
 ///
 /// Members that are const may run on any number of threads at once; while another member runs, none
-/// may. `…_into` members allocate nothing. All errors are found before anything is changed. Move
-/// only: `fork` copies, cheaply.
+/// may. A fork is an object of its own, and may be used, changed and destroyed on another thread
+/// whatever becomes of this one. `…_into` members allocate nothing. All errors are found before
+/// anything is changed. It cannot be copied: `fork` does that, cheaply. What was moved from is
+/// empty.
 template <class Scalar>
 class Surface {
   static_assert(is_supported_scalar_v<Scalar>,
@@ -192,9 +215,12 @@ class Surface {
   explicit Surface(Index key_width, const CacheOptions& options = {})
       : Surface(detail::surface_cache_shape<Scalar>(key_width, options), options.capacity) {}
 
-  /// A cache of the standard form, for keys Hkv·d and values Hkv·dv wide.
-  Surface(Index key_width, Index value_width, const CacheOptions& options = {})
-      : Surface(detail::standard_cache_shape<Scalar>(key_width, value_width, options),
+  /// A cache of the standard form, for keys Hkv·d and values Hkv·dv wide. (A template, so that
+  /// braces in the second place are options.)
+  template <std::integral Width>
+  Surface(Index key_width, Width value_width, const CacheOptions& options = {})
+      : Surface(detail::standard_cache_shape<Scalar>(key_width, static_cast<Index>(value_width),
+                                                     options),
                 options.capacity) {}
 
   /// The number of keys held.
@@ -202,7 +228,7 @@ class Surface {
   bool is_empty() const { return size() == 0; }
   /// How many keys were appended since it was made or reset, dropped ones included: the position of
   /// the next one.
-  Index appended() const { return appended_; }
+  Index appended() const { return content_.appended; }
   /// How many keys fit into the memory that there is.
   Index capacity() const { return store_.capacity(); }
   std::optional<Index> window() const { return shape_.window; }
@@ -211,17 +237,10 @@ class Surface {
   Heads heads() const { return shape_.heads; }
   /// β = 1/σ²
   Accumulator scale() const { return shape_.scale; }
+  /// All of the above that does not change.
+  const detail::CacheShape<Scalar>& shape() const { return shape_; }
   /// Whether this is the surface form.
   bool values_are_keys() const { return shape_.values_are_keys; }
-
-  /// Whether both are of one form, with the same widths, heads, scale and prior.
-  bool has_shape_of(const Surface& other) const {
-    return shape_.heads.query == other.shape_.heads.query && shape_.scale == other.shape_.scale &&
-           shape_.key_value_heads() == other.shape_.key_value_heads() &&
-           shape_.value_width == other.shape_.value_width &&
-           shape_.values_are_keys == other.shape_.values_are_keys &&
-           store_.widths() == other.store_.widths();
-  }
 
   /// Bytes that one key takes.
   std::size_t bytes_per_key() const {
@@ -272,6 +291,7 @@ class Surface {
     auto rows = detail::view(weights);
     if (rows.cols == 1) rows.col_stride = 0;
     append_rows(require, keys, nothing(), &rows);
+    content_.has_own_priors = true;
   }
 
   /// Makes room for so many keys in all. Errors: a cache with a window, which has its memory.
@@ -283,31 +303,33 @@ class Surface {
 
   /// Forgets the `count` oldest keys. Time O(1). Errors: more than there are.
   void drop_front(Index count) {
-    if (count < 0 || count > size()) {
-      detail::Require("Surface::drop_front")
-          .fail("count is " + std::to_string(count) + " but the cache holds " +
-                std::to_string(size()) + " keys");
-    }
+    require_held(detail::Require("Surface::drop_front"), count);
     store_.drop_front(count);
+  }
+
+  /// Takes back the `count` newest keys, as if they had not been appended. Time O(1). Errors: more
+  /// than there are.
+  void drop_back(Index count) {
+    require_held(detail::Require("Surface::drop_back"), count);
+    store_.drop_back(count);
+    content_.appended -= count;
   }
 
   /// Forgets all keys and keeps the memory.
   void reset() {
     store_.drop_front(size());
-    appended_ = 0;
+    content_ = {};
   }
 
   /// A cache that holds the same keys and then goes its own way, as for the beams of a beam search.
-  /// What lies in one piece is shared and not copied, whatever becomes of this cache; what follows a
-  /// past that is shared already, as in a fork of a fork, is copied. `capacity`: keys beyond the
-  /// present ones for which memory is taken at once.
+  /// What lies in one piece is shared and not copied, whatever becomes of this cache. What follows a
+  /// past that is shared already, as in a fork of a fork, is copied, and so is a ring that has come
+  /// round: O(its rows). `capacity`: keys beyond the present ones for which memory is taken at once;
+  /// for a fork that is to grow, as many as it may grow by.
   Surface fork(Index capacity = 0) const {
-    if (capacity < 0) {
-      detail::Require("Surface::fork")
-          .fail("capacity must not be negative, but is " + std::to_string(capacity));
-    }
+    detail::require_capacity(detail::Require("Surface::fork"), capacity);
     Surface fork(shape_, store_.fork(capacity));
-    fork.appended_ = appended_;
+    fork.content_ = content_;
     return fork;
   }
 
@@ -316,7 +338,7 @@ class Surface {
   void save(std::ostream& stream) const {
     constexpr detail::Require require("Surface::save");
     detail::CheckedWriter to(stream, require);
-    detail::write_shape(shape_, size(), appended_, to);
+    detail::write_shape(shape_, {size(), content_.appended, content_.has_own_priors}, to);
     const Segments segments = store_.segments();
     for (const auto& segment : {segments.first, segments.second}) {
       for (Index j = 0; j < segment.keys.rows; ++j) {
@@ -328,16 +350,17 @@ class Surface {
     to.write_checksum();
   }
 
-  /// The cache that was saved, with memory for at least `capacity` keys. Errors: a stream that ends
-  /// too early, is damaged, or holds something else.
+  /// The cache that was saved, with memory for at least `capacity` keys, or for its window. Errors: a
+  /// stream that ends too early, is damaged, or holds something else.
   static Surface restore(std::istream& stream, Index capacity = 0) {
     constexpr detail::Require require("Surface::restore");
+    detail::require_capacity(require, capacity);
     detail::CheckedReader from(stream, require);
-    Index size = 0, appended = 0;
-    const auto shape = detail::read_shape<Scalar>(from, require, size, appended);
-    Surface surface(shape, std::max(size, capacity));
-    surface.appended_ = appended;
-    surface.store_.append(size, [&](auto& memory, Index row, Index, Index count) {
+    detail::CacheContent content;
+    const auto shape = detail::read_shape<Scalar>(from, require, content);
+    Surface surface(shape, std::max(content.size, capacity));
+    surface.content_ = content;
+    surface.store_.append(content.size, [&](auto& memory, Index row, Index, Index count) {
       for (Index j = row; j < row + count; ++j) {
         from.read(memory.keys.row(j).data(), memory.keys.cols());
         from.read(memory.values.row(j).data(), memory.values.cols());
@@ -348,10 +371,27 @@ class Surface {
     return surface;
   }
 
+  /// Checks terms of a call with so many queries when the cache will hold `keys` keys: for who appends
+  /// and then attends, and reports mistakes before.
+  template <class... Terms>
+  void check_terms(const detail::Require& require, Index queries, Index keys,
+                   const Terms&... terms) const {
+    detail::Operands<Scalar> next;
+    next.shape = require.shapes({queries, query_width()}, {keys, shape_.key_width},
+                                {keys, shape_.value_width}, shape_.heads, {});
+    next.log_prior_is_of_norms = shape_.has_log_prior && !content_.has_own_priors;
+    detail::term_binder(next, require, terms...);
+  }
+
   /// Bytes of workspace with which the `…_into` members use every worker of the executor for
-  /// `queries` queries, however many keys there are.
+  /// up to `queries` queries, however many keys there are.
   std::size_t workspace_size(Index queries, const QueryOptions& options = {}) const {
-    return detail::forward_workspace_size<Scalar>(largest_problem(queries), options.executor);
+    // Few queries need memory for parts of the keys, which more do not.
+    const detail::Shape largest = largest_problem(queries);
+    const Index few =
+        std::min<Index>(queries, detail::StreamPlan<Scalar>::most_rows / largest.group());
+    return std::max(detail::forward_workspace_size<Scalar>(largest, options.executor),
+                    detail::forward_workspace_size<Scalar>(largest_problem(few), options.executor));
   }
 
   /// P(Q), Tq × (Hq·d): each query projected onto the surface that the keys sample, as by `project`.
@@ -386,6 +426,7 @@ class Surface {
   template <detail::DenseMatrix Queries, detail::DenseMatrix Readout, class... Terms>
   Matrix<Scalar> attend(const Queries& queries, const Readout& readout,
                         const QueryOptions& options = {}, const Terms&... terms) const {
+    detail::check_inputs_at_compile_time<Queries, Readout, Matrix<Scalar>>();
     constexpr detail::Require require("Surface::attend");
     const Index width = shape_.value_width * shape_.heads.query / shape_.key_value_heads();
     require.shape("readout", detail::extent(readout), {width, static_cast<Index>(readout.cols())},
@@ -452,6 +493,8 @@ class Surface {
                          const QueryOptions& options = {}, const Masks&... masks) const {
     detail::check_outputs_at_compile_time<Scalar, Out, Projection, LogSumExp>();
     constexpr detail::Require require("Surface::local_linear");
+    static_assert(std::is_same_v<Scalar, Accumulator>,
+                  "surfattn: local-linear estimates take float, double or long double");
     require_form(require, true);
     const auto usable_ridge = detail::checked_ridge<Scalar>(ridge, require);
     const auto& q = detail::stored(queries);
@@ -465,14 +508,15 @@ class Surface {
     detail::Operands<Scalar> operands;
     operands.shape = largest_problem(queries);
     operands.values_are_keys = true;
-    return detail::local_linear_bytes<Scalar>(Pass::forward, operands, options.executor);
+    return std::max(detail::local_linear_bytes(Pass::forward, operands, options.executor),
+                    workspace_size(queries, options));
   }
 
  private:
   using Segments = std::pair<detail::KeySegment<Scalar>, detail::KeySegment<Scalar>>;
 
   Surface(const detail::CacheShape<Scalar>& shape, Index capacity)
-      : shape_(shape), store_(shape.widths(), shape.window.value_or(capacity)) {}
+      : shape_(shape), store_(shape.widths(), shape.window.value_or(capacity), shape.window) {}
   Surface(const detail::CacheShape<Scalar>& shape, detail::KeyStore<Scalar>&& store)
       : shape_(shape), store_(std::move(store)) {}
 
@@ -481,8 +525,14 @@ class Surface {
 
   void require_form(const detail::Require& require, bool values_are_keys) const {
     if (shape_.values_are_keys == values_are_keys) return;
-    require.fail(values_are_keys ? "this cache holds keys and values"
+    require.fail(values_are_keys ? "this cache holds keys and values, for attend"
                                  : "in this cache the keys are the values");
+  }
+
+  void require_held(const detail::Require& require, Index count) const {
+    if (0 <= count && count <= size()) return;
+    require.fail("count is " + std::to_string(count) + " but the cache holds " +
+                 std::to_string(size()) + " keys");
   }
 
   template <class Keys, class Values>
@@ -504,7 +554,7 @@ class Surface {
     const Index first = rows - kept;
     store_.reserve(kept, dropped);
     store_.drop_front(dropped);
-    appended_ += rows;
+    content_.appended += rows;
     store_.append(kept, [&](auto& memory, Index row, Index n, Index count) {
       memory.keys.middleRows(row, count) = k.middleRows(first + n, count);
       if (!shape_.values_are_keys)
@@ -539,6 +589,7 @@ class Surface {
     return all;
   }
 
+  Index query_width() const { return shape_.heads.query * shape_.head_dim(); }
   detail::Extent keys_extent() const { return {size(), shape_.key_width}; }
   detail::Extent values_extent() const { return {size(), shape_.value_width}; }
 
@@ -553,9 +604,11 @@ class Surface {
   /// A problem that needs the most workspace, with more keys than any memory holds.
   detail::Shape largest_problem(Index queries) const {
     constexpr Index keys = Index(1) << 40;
-    return detail::Require("Surface::workspace_size")
-        .shapes({queries, shape_.heads.query * shape_.head_dim()}, {keys, shape_.key_width},
-                {keys, shape_.value_width}, shape_.heads, {});
+    constexpr detail::Require require("Surface::workspace_size");
+    if (queries < 0)
+      require.fail("queries must not be negative, but is " + std::to_string(queries));
+    return require.shapes({queries, query_width()}, {keys, shape_.key_width},
+                          {keys, shape_.value_width}, shape_.heads, {});
   }
 
   template <class Queries>
@@ -575,6 +628,7 @@ class Surface {
     operands.values_are_keys = shape_.values_are_keys;
     operands.scale = shape_.scale;
     if (shape_.has_log_prior) operands.query_norm_weight = -shape_.scale / 2;
+    operands.log_prior_is_of_norms = shape_.has_log_prior && !content_.has_own_priors;
     return operands;
   }
 
@@ -600,7 +654,7 @@ class Surface {
 
   detail::CacheShape<Scalar> shape_;
   detail::KeyStore<Scalar> store_;
-  Index appended_ = 0;
+  detail::CacheContent content_;  ///< but its size, which the store knows
 };
 
 }  // namespace surfattn

@@ -42,7 +42,7 @@ auto term_binder(const Shape& batch, const Require& require, const Terms&... ter
 template <class Scalar, class... Terms>
 auto term_binder(const Operands<Scalar>& batch, const Require& require, const Terms&... terms) {
   constexpr bool has_kernel = (DistanceKernel<Terms> || ...);
-  if (has_kernel && (batch.key_norm_weight == accumulator_t<Scalar>(0) || batch.log_prior.data)) {
+  if (has_kernel && !batch.scores_are_distances()) {
     require.fail(
         "StudentT and Epanechnikov are kernels of the distance of query and key, which the scores "
         "are in the surface form under KeyPrior::uniform alone; list log-weights of keys as an "

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <algorithm>
-#include <atomic>
 #include <memory>
 #include <optional>
 #include <surfattn/detail/operands.hpp>
@@ -55,19 +54,31 @@ struct KeyMemory {
 template <class Scalar>
 class KeyStore {
  public:
-  KeyStore(const KeyWidths& widths, Index capacity) : widths_(widths), own_(make(capacity)) {}
+  /// A store that never takes memory for more than `most` keys, if given.
+  KeyStore(const KeyWidths& widths, Index capacity, std::optional<Index> most = {})
+      : widths_(widths), most_(most) {
+    if (capacity > 0) own_ = make(capacity);
+  }
+
+  // A copy would be a second writer of the same memory: see fork.
+  KeyStore(const KeyStore&) = delete;
+  KeyStore& operator=(const KeyStore&) = delete;
+  KeyStore(KeyStore&& other) noexcept : widths_(other.widths_), most_(other.most_) { swap(other); }
+  KeyStore& operator=(KeyStore&& other) noexcept {
+    KeyStore(std::move(other)).swap(*this);
+    return *this;
+  }
 
   const KeyWidths& widths() const { return widths_; }
   Index size() const { return past_size_ + size_; }
 
   /// Keys for which there is memory, those of the past included.
-  Index capacity() const { return past_size_ + own_->rows(); }
+  Index capacity() const { return past_size_ + rows(); }
 
   /// The older segment and the newer one; the second is empty where there is one.
   std::pair<KeySegment<Scalar>, KeySegment<Scalar>> segments() const {
-    if (past_size_ > 0) return {past_->segment(past_first_, past_size_), own_->segment(0, size_)};
-    const Index until_end = std::min(size_, own_->rows() - first_);
-    return {own_->segment(first_, until_end), own_->segment(0, size_ - until_end)};
+    if (past_size_ > 0) return {past_->segment(past_first_, past_size_), own(0, size_)};
+    return {own(first_, until_end()), own(0, size_ - until_end())};
   }
 
   /// Makes room for `count` more keys, of which there will be when `dropping` keys have gone from
@@ -75,11 +86,11 @@ class KeyStore {
   /// written.
   void reserve(Index count, Index dropping = 0) {
     const Index left = size_ - std::max<Index>(0, dropping - past_size_);
-    if (left + count > own_->rows()) {
-      move_to(std::max({left + count, size_, 2 * own_->rows()}));
+    if (left + count > rows()) {
+      move_to(std::max({left + count, size_, within_most(2 * rows())}));
     } else if (is_read_by_forks() &&
-               (first_ + size_ + count > own_->rows() || first_ + size_ < own_->written)) {
-      move_to(own_->rows());
+               (first_ + size_ + count > rows() || first_ + size_ < own_->written)) {
+      move_to(rows());
     }
   }
 
@@ -88,8 +99,8 @@ class KeyStore {
   template <class Write>
   void append(Index count, const Write& write) {
     for (Index done = 0; done < count;) {
-      const Index row = (first_ + size_) % own_->rows();
-      const Index run = std::min(count - done, own_->rows() - row);
+      const Index row = (first_ + size_) % rows();
+      const Index run = std::min(count - done, rows() - row);
       write(*own_, row, done, run);
       own_->written = std::max(own_->written, row + run);
       size_ += run;
@@ -104,49 +115,75 @@ class KeyStore {
     if (past_size_ == 0) past_.reset();
     if (count == of_past) return;
     size_ -= count - of_past;
-    first_ = (first_ + count - of_past) % own_->rows();
+    first_ = (first_ + count - of_past) % rows();
+  }
+
+  void drop_back(Index count) {
+    const Index of_own = std::min(count, size_);
+    size_ -= of_own;
+    past_size_ -= count - of_own;
+    if (past_size_ == 0) past_.reset();
   }
 
   /// A store of the same keys. Those that lie in one piece are shared; of a past that is shared
-  /// already and what follows it, only the latter is copied.
+  /// already and what follows it, only the latter is copied, with room for some more keys.
   KeyStore fork(Index capacity) const {
-    KeyStore fork(widths_, 0);
-    const bool is_in_one_piece = past_size_ == 0 && first_ + size_ <= own_->rows();
+    const bool is_in_one_piece = past_size_ == 0 && until_end() == size_;
     if (is_in_one_piece) {
+      KeyStore fork(widths_, within_most(capacity), most_);
       fork.share(own_, first_, size_);
-      if (capacity > 0) fork.own_ = make(capacity);
       return fork;
     }
+    KeyStore fork(widths_, 0, most_);
     if (past_size_ > 0) fork.share(past_, past_first_, past_size_);
-    fork.own_ = copy_of_own(size_ + capacity);
+    constexpr Index some = 16;
+    fork.own_ = copy_of_own(within_most(size_ + std::max(capacity, some)));
     fork.size_ = size_;
     return fork;
   }
 
  private:
-  std::shared_ptr<KeyMemory<Scalar>> make(Index rows) const {
-    return std::make_shared<KeyMemory<Scalar>>(rows, widths_);
+  using Memory = KeyMemory<Scalar>;
+
+  void swap(KeyStore& other) noexcept {
+    std::swap(widths_, other.widths_);
+    std::swap(most_, other.most_);
+    past_.swap(other.past_);
+    std::swap(past_first_, other.past_first_);
+    std::swap(past_size_, other.past_size_);
+    own_.swap(other.own_);
+    std::swap(first_, other.first_);
+    std::swap(size_, other.size_);
+  }
+
+  std::shared_ptr<Memory> make(Index rows) const { return std::make_shared<Memory>(rows, widths_); }
+
+  Index rows() const { return own_ ? own_->rows() : 0; }
+  Index within_most(Index rows) const { return std::min(rows, most_.value_or(rows)); }
+  /// Own keys until the ring comes round.
+  Index until_end() const { return std::min(size_, rows() - first_); }
+  KeySegment<Scalar> own(Index first, Index count) const {
+    return own_ ? own_->segment(first, count) : KeySegment<Scalar>{};
   }
 
   bool is_read_by_forks() const {
-    if (own_.use_count() > 1) return true;
-    // What a fork read before it ended comes before what is written here.
-    std::atomic_thread_fence(std::memory_order_acquire);
-    return false;
+    // The copy's end makes what a fork read before it ended come before what is written here.
+    const std::shared_ptr<Memory> synchronise = own_;
+    return own_.use_count() > 2;
   }
 
-  void share(std::shared_ptr<const KeyMemory<Scalar>> memory, Index first, Index count) {
+  void share(std::shared_ptr<const Memory> memory, Index first, Index count) {
     if (count == 0) return;
     past_ = std::move(memory);
     past_first_ = first;
     past_size_ = count;
   }
 
-  std::shared_ptr<KeyMemory<Scalar>> copy_of_own(Index rows) const {
+  std::shared_ptr<Memory> copy_of_own(Index rows) const {
     auto memory = make(rows);
-    const Index until_end = std::min(size_, own_->rows() - first_);
-    memory->copy(0, first_, until_end, *own_);
-    memory->copy(until_end, 0, size_ - until_end, *own_);
+    if (size_ == 0) return memory;
+    memory->copy(0, first_, until_end(), *own_);
+    memory->copy(until_end(), 0, size_ - until_end(), *own_);
     return memory;
   }
 
@@ -156,10 +193,11 @@ class KeyStore {
   }
 
   KeyWidths widths_;
-  std::shared_ptr<const KeyMemory<Scalar>> past_;
+  std::optional<Index> most_;
+  std::shared_ptr<const Memory> past_;
   Index past_first_ = 0, past_size_ = 0;
-  std::shared_ptr<KeyMemory<Scalar>> own_;  ///< never null
-  Index first_ = 0, size_ = 0;              ///< `first_` is 0 while there is a past
+  std::shared_ptr<Memory> own_;  ///< null where there is none yet
+  Index first_ = 0, size_ = 0;   ///< `first_` is 0 while there is a past
 };
 
 }  // namespace surfattn::detail

@@ -52,9 +52,16 @@ struct Operands {
   Accumulator query_norm_weight{0};
   Accumulator key_norm_weight{0};
   bool values_are_keys = false;
+  /// whether `log_prior` is −(scale/2)·‖k_j‖² and nothing else: norms that were formed before
+  bool log_prior_is_of_norms = false;
   /// The keys that follow those above, where a single sequence has more than these: a ring buffer
   /// that has come round, or what follows a past that several sequences share. For forward passes.
   KeySegment<Scalar> more = {};
+
+  /// Whether the scores are −‖q − k‖²/(2σ²), up to what the norm of the query adds.
+  bool scores_are_distances() const {
+    return log_prior_is_of_norms || (key_norm_weight != Accumulator(0) && !log_prior.data);
+  }
 
   MatrixView<const Scalar> query_head(Index head) const {
     return queries.block_cols(head * shape.head_dim, shape.head_dim);

@@ -45,7 +45,8 @@ struct StreamPlan {
 
   /// Up to so many rows for each key/value head, packing keys and values would cost more than it
   /// saves.
-  static bool fits(const Shape& shape) { return shape.group() * shape.queries <= 16; }
+  static constexpr Index most_rows = 16;
+  static bool fits(const Shape& shape) { return shape.group() * shape.queries <= most_rows; }
 
  private:
   std::size_t bytes_per_item() const {
