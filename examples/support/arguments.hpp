@@ -1,5 +1,6 @@
 #pragma once
-// The command line of the examples that take a series: options, --help, exit codes.
+// The command line of the examples that draw, and of those that take a series: options, --help, exit
+// codes.
 
 #include <charconv>
 #include <cstddef>
@@ -13,8 +14,10 @@ namespace examples {
 
 struct Program {
   std::string name, purpose;
-  std::string default_series;  // in words
+  std::string default_series;  // in words; empty: the program takes no series
   std::string default_svg;
+
+  bool takes_series() const { return !default_series.empty(); }
 };
 
 struct Arguments {
@@ -29,17 +32,17 @@ struct UsageError : std::runtime_error {
 };
 
 inline std::string usage(const Program& program) {
+  const std::string series =
+      "  --csv FILE    a series of your own: comma-separated numbers, with a header line or none\n"
+      "                (default: " +
+      program.default_series +
+      ")\n"
+      "  --column N    the column of that file that holds the series, the first being 1\n"
+      "                (default: the last)\n";
   return program.purpose + "\n\nusage: " + program.name +
-         " [--csv FILE] [--column N] [--svg FILE] [--help]\n\n"
-         "  --csv FILE    a series of your own: comma-separated numbers, with a header line or "
-         "none\n"
-         "                (default: " +
-         program.default_series +
-         ")\n"
-         "  --column N    the column of that file that holds the series, the first being 1\n"
-         "                (default: the last)\n"
-         "  --svg FILE    where the plot is written (default: " +
-         program.default_svg +
+         (program.takes_series() ? " [--csv FILE] [--column N]" : "") +
+         " [--svg FILE] [--help]\n\n" + (program.takes_series() ? series : "") +
+         "  --svg FILE    where the plot is written (default: " + program.default_svg +
          ")\n"
          "  --help        prints this\n";
 }
@@ -65,11 +68,11 @@ inline Arguments parse_arguments(const Program& program, int count, char** words
     };
     if (option == "--help" || option == "-h")
       arguments.help = true;
-    else if (option == "--csv")
+    else if (option == "--csv" && program.takes_series())
       arguments.csv = value();
     else if (option == "--svg")
       arguments.svg = value();
-    else if (option == "--column")
+    else if (option == "--column" && program.takes_series())
       arguments.column = parse_column(value());
     else
       throw UsageError("there is no option \"" + option + "\"");

@@ -1,6 +1,7 @@
 #pragma once
-// Line plots as SVG, used by the examples: panels one above another, each with a frame, axes
-// (linear or logarithmic), shaded bands, curves, a legend, horizontal rules and labelled points.
+// Plots as SVG, used by the examples: panels one above another or in a grid, each with a frame, axes
+// (linear or logarithmic), shaded bands, clouds of points, curves, a legend, horizontal rules and
+// labelled points.
 
 #include <algorithm>
 #include <cmath>
@@ -28,12 +29,21 @@ struct Axis {
   bool logarithmic = false;
 };
 
-/// A polyline through (x, y); x increases. `dash` is an SVG dash pattern, empty for a full line.
+/// A polyline through (x, y). `dash` is an SVG dash pattern, empty for a full line. Where x increases
+/// the curve can be thinned to what a screen shows.
 struct Curve {
   std::string label, colour;
   std::vector<double> x, y;
   double width = 1.5;
   std::string dash = "";
+  bool x_increases = true;
+};
+
+/// Points without labels of their own.
+struct Cloud {
+  std::string label, colour;
+  std::vector<double> x, y;
+  double radius = 1.8;
 };
 
 /// A part of the x axis, shaded over the panel's height, with up to two lines of text at the top.
@@ -63,6 +73,7 @@ struct Panel {
   std::vector<Rule> rules;
   std::vector<Dot> dots;
   double height = 260;
+  std::vector<Cloud> clouds = {};
 };
 
 namespace svg_detail {
@@ -197,23 +208,24 @@ inline std::vector<std::pair<double, double>> thinned(
 
 inline constexpr double figure_width = 1040, left = 78, right = 28, header = 84, gap = 106;
 
-/// Draws one panel whose plotting area starts `top` pixels below the figure's edge.
+/// Draws one panel whose plotting area starts at `corner`, in pixels from the figure's edges.
 class PanelPainter {
  public:
-  PanelPainter(Canvas& canvas, const Panel& panel, double top, int index)
+  PanelPainter(Canvas& canvas, const Panel& panel, std::pair<double, double> corner, double width,
+               std::size_t index)
       : canvas_(canvas),
         panel_(panel),
-        top_(top),
-        bottom_(top + panel.height),
-        x_{panel.x, left, figure_width - right},
-        y_{panel.y, bottom_, top},
+        top_(corner.second),
+        bottom_(top_ + panel.height),
+        x_{panel.x, corner.first, corner.first + width},
+        y_{panel.y, bottom_, top_},
         clip_("panel" + std::to_string(index)) {}
 
   void paint() {
     draw_bands();
     draw_axes();
     draw_legend();
-    draw_clipped_curves();
+    draw_clipped();
     draw_labels();
   }
 
@@ -231,7 +243,8 @@ class PanelPainter {
       canvas_.segment(x_.first, y, x_.last, y, stroke(colour::faint, 1));
       canvas_.text(x_.first - 9, y + 4, number(tick, "%.6g"), "tick", "end");
     }
-    for (const double tick : ticks(panel_.x, 10)) {
+    const int columns = static_cast<int>((x_.last - x_.first) / 90);
+    for (const double tick : ticks(panel_.x, std::max(columns, 4))) {
       const double x = x_.position(tick);
       canvas_.segment(x, bottom_, x, bottom_ + 5, stroke(colour::grey, 1));
       canvas_.text(x, bottom_ + 19, number(tick, "%.6g"), "tick", "middle");
@@ -239,24 +252,34 @@ class PanelPainter {
     canvas_.segment(x_.first, bottom_, x_.last, bottom_, stroke(colour::grey, 1));
     canvas_.text((x_.first + x_.last) / 2, bottom_ + 40, panel_.x.label, "axis", "middle");
     const double middle = (top_ + bottom_) / 2;
-    canvas_.text(22, middle, panel_.y.label, "axis", "middle",
-                 " transform=\"rotate(-90 22 " + number(middle) + ")\"");
+    const double beside = x_.first - 56;
+    canvas_.text(beside, middle, panel_.y.label, "axis", "middle",
+                 " transform=\"rotate(-90 " + number(beside) + " " + number(middle) + ")\"");
     canvas_.text(x_.first, top_ - 14, panel_.title, "panel");
   }
 
   void draw_legend() {
     double x = x_.last;
     for (auto curve = panel_.curves.rbegin(); curve != panel_.curves.rend(); ++curve) {
-      if (curve->label.empty()) continue;
-      x -= 6.8 * static_cast<double>(curve->label.size());  // the text's estimated width
-      canvas_.text(x, top_ - 14, curve->label, "axis");
-      canvas_.segment(x - 32, top_ - 18, x - 8, top_ - 18,
+      if (!add_to_legend(curve->label, x)) continue;
+      canvas_.segment(x + 20, top_ - 18, x + 44, top_ - 18,
                       stroke(curve->colour, curve->width + 0.6, curve->dash));
-      x -= 52;
+    }
+    for (auto cloud = panel_.clouds.rbegin(); cloud != panel_.clouds.rend(); ++cloud) {
+      if (add_to_legend(cloud->label, x)) draw_points({{x + 38, top_ - 18}}, *cloud);
     }
   }
 
-  void draw_clipped_curves() {
+  /// Moves x to the left of an entry, 52 pixels before its text; false where there is no label.
+  bool add_to_legend(const std::string& label, double& x) {
+    if (label.empty()) return false;
+    x -= 6.8 * static_cast<double>(label.size());  // the text's estimated width
+    canvas_.text(x, top_ - 14, label, "axis");
+    x -= 52;
+    return true;
+  }
+
+  void draw_clipped() {
     canvas_.raw("<clipPath id=\"" + clip_ + "\"><rect x=\"" + number(x_.first) + "\" y=\"" +
                 number(top_) + "\" width=\"" + number(x_.last - x_.first) + "\" height=\"" +
                 number(panel_.height) + "\"/></clipPath>\n<g clip-path=\"url(#" + clip_ + ")\">");
@@ -264,14 +287,33 @@ class PanelPainter {
       const double y = y_.position(rule.y);
       canvas_.segment(x_.first, y, x_.last, y, stroke(rule.colour, 1.2, "5 4"));
     }
-    for (const Curve& curve : panel_.curves) {
-      std::vector<std::pair<double, double>> points;
-      for (std::size_t i = 0; i < curve.x.size(); ++i) {
-        points.emplace_back(x_.position(curve.x[i]), y_.position(curve.y[i]));
-      }
-      canvas_.polyline(thinned(points), stroke(curve.colour, curve.width, curve.dash));
-    }
+    for (const Cloud& cloud : panel_.clouds) draw_cloud(cloud);
+    for (const Curve& curve : panel_.curves) draw_curve(curve);
     canvas_.raw("</g>");
+  }
+
+  void draw_cloud(const Cloud& cloud) {
+    std::vector<std::pair<double, double>> points;
+    for (std::size_t i = 0; i < cloud.x.size(); ++i)
+      points.emplace_back(x_.position(cloud.x[i]), y_.position(cloud.y[i]));
+    draw_points(points, cloud);
+  }
+
+  /// All in one path: a line without length has round ends, and so is a disc.
+  void draw_points(const std::vector<std::pair<double, double>>& points, const Cloud& cloud) {
+    std::string path;
+    for (const auto& [x, y] : points)
+      path.append("M").append(number(x)).append(" ").append(number(y)).append("h0");
+    canvas_.raw("<path fill=\"none\" stroke-linecap=\"round\" " +
+                stroke(cloud.colour, 2 * cloud.radius) + " d=\"" + path + "\"/>");
+  }
+
+  void draw_curve(const Curve& curve) {
+    std::vector<std::pair<double, double>> points;
+    for (std::size_t i = 0; i < curve.x.size(); ++i)
+      points.emplace_back(x_.position(curve.x[i]), y_.position(curve.y[i]));
+    canvas_.polyline(curve.x_increases ? thinned(points) : points,
+                     stroke(curve.colour, curve.width, curve.dash));
   }
 
   void draw_labels() {
@@ -314,30 +356,43 @@ inline constexpr const char* style_sheet =
 
 }  // namespace svg_detail
 
-/// The figure as SVG text.
+/// The width in pixels of a panel's plotting area where a row holds so many.
+inline double panel_width(std::size_t columns) {
+  using namespace svg_detail;
+  return figure_width / static_cast<double>(columns) - left - right;
+}
+
+/// The figure as SVG text; the panels fill rows of `columns`.
 inline std::string render_svg(const std::string& title, const std::string& subtitle,
-                              const std::vector<Panel>& panels) {
+                              const std::vector<Panel>& panels, std::size_t columns = 1) {
   using namespace svg_detail;
   Canvas canvas;
   canvas.text(left, 34, title, "title");
   canvas.text(left, 55, subtitle, "subtitle");
-  double top = header + 26;
-  int index = 0;
-  for (const Panel& panel : panels) {
-    PanelPainter(canvas, panel, top, index++).paint();
-    top += panel.height + gap;
+  const double width = panel_width(columns);
+  double top = header + 26, height = 0;
+  for (std::size_t i = 0; i < panels.size(); ++i) {
+    const std::size_t column = i % columns;
+    if (column == 0 && i > 0) {
+      top += height + gap;
+      height = 0;
+    }
+    const double x = left + static_cast<double>(column) * (left + width + right);
+    PanelPainter(canvas, panels[i], {x, top}, width, i).paint();
+    height = std::max(height, panels[i].height);
   }
-  const std::string width = number(figure_width, "%.0f"), height = number(top - gap + 58, "%.0f");
-  return "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"" + width + "\" height=\"" + height +
-         "\" viewBox=\"0 0 " + width + " " + height + "\">\n" + style_sheet +
+  const std::string across = number(figure_width, "%.0f"), down = number(top + height + 58, "%.0f");
+  return "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"" + across + "\" height=\"" + down +
+         "\" viewBox=\"0 0 " + across + " " + down + "\">\n" + style_sheet +
          "<rect width=\"100%\" height=\"100%\" fill=\"#ffffff\"/>\n" + canvas.body() + "</svg>\n";
 }
 
 /// Writes the figure; throws std::runtime_error when the file cannot be written.
 inline void write_svg(const std::string& file, const std::string& title,
-                      const std::string& subtitle, const std::vector<Panel>& panels) {
+                      const std::string& subtitle, const std::vector<Panel>& panels,
+                      std::size_t columns = 1) {
   std::ofstream stream(file, std::ios::binary);
-  stream << render_svg(title, subtitle, panels) << std::flush;
+  stream << render_svg(title, subtitle, panels, columns) << std::flush;
   if (!stream) throw std::runtime_error(file + ": cannot be written");
 }
 
