@@ -25,7 +25,9 @@
 // fills it in.
 
 #include <Eigen/Core>
+#include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <cstdio>
 #include <memory>
 #include <optional>
@@ -226,7 +228,6 @@ class SurfacePredictor : public Stream {
   SurfacePredictor(std::optional<PatchSize> first, PatchSize patch, Index window)
       : queries_(patch.width),
         keys_(patch.width),
-        half_precision_(0.5 / (patch.bandwidth * patch.bandwidth)),
         surface_(patch.width + 1, {.bandwidth = patch.bandwidth, .window = window}),
         query_(Patch::Zero(patch.width + 1)),
         key_(Patch::Zero(patch.width + 1)),
@@ -248,16 +249,15 @@ class SurfacePredictor : public Stream {
   /// The patch before `next` becomes a key, now that its next sample is known.
   void append(double next) {
     const Index width = key_.size() - 1;
-    const double y = next - keys_.mean();
-    key_[width] = static_cast<float>(y);
-    log_prior_[0] = static_cast<float>(half_precision_ * y * y);
+    const auto y = static_cast<float>(next - keys_.mean());
+    key_[width] = y;
+    log_prior_[0] = surface_.scale() / 2 * y * y;
     surface_.append_with_prior(key_, log_prior_);
     key_.head(width) = keys_.push(next);
   }
 
   std::optional<SurfaceDenoiser> first_;
   PatchHistory queries_, keys_;
-  double half_precision_;
   surfattn::Surface<float> surface_;
   Patch query_, key_, projected_;
   Patch log_prior_ = Patch::Zero(1);
