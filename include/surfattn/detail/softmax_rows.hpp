@@ -26,11 +26,20 @@ struct SoftmaxRows {
   }
 
   void reset(Index rows) const {
-    std::fill(out, out + rows * stride, Accumulator(0));
+    reset_out(rows);
     softmax.reset(rows);
   }
+  void reset_out(Index rows) const { std::fill(out, out + rows * stride, Accumulator(0)); }
 
   simd::Tile<Accumulator> tile(Index row) const { return {out + row * stride, stride}; }
+
+  /// The rows from `row` on.
+  SoftmaxRows from(Index row) const {
+    SoftmaxRows rest = *this;
+    rest.out += row * stride;
+    rest.softmax = {softmax.maximum + row, softmax.sum + row};
+    return rest;
+  }
 
   /// Turns the scores of `rows` rows from `row` on into weights; the columns that only pad the tile
   /// get weight 0.
@@ -38,8 +47,7 @@ struct SoftmaxRows {
     const Index padded_keys = simd::padded<Accumulator>(keys);
     for (Index i = 0; i < rows; ++i) {
       Accumulator* score_row = scores.data + i * scores.row_stride;
-      std::fill(score_row + keys, score_row + padded_keys, simd::minus_infinity<Accumulator>);
-      softmax.raise(row + i, simd::row_maximum(score_row, padded_keys), out + (row + i) * stride,
+      softmax.raise(row + i, simd::pad_and_find_maximum(score_row, keys), out + (row + i) * stride,
                     stride);
     }
     for (Index i = 0; i < rows; ++i) {
@@ -63,6 +71,23 @@ struct SoftmaxRows {
     const Index value_dim = operands.shape.value_dim;
     simd::write_row<simd::Store::set>(out + row * stride, softmax.normaliser(row),
                                       outputs.out.block_cols(head * value_dim, value_dim), query);
+    write_log_sum_exp<Terms>(row, operands, outputs, head, query);
+  }
+
+  /// The same for all queries of all heads; the row of query i of head h is h·Tq + i.
+  template <class Scalar, class Terms>
+  void write_all(const Operands<Scalar>& operands, const Terms& terms,
+                 const ForwardOutputs<Scalar>& outputs) const {
+    const Shape& shape = operands.shape;
+    for (Index query = 0; query < shape.queries; ++query) {
+      for (Index head = 0; head < shape.query_heads; ++head)
+        write(head * shape.queries + query, operands, terms, outputs, head, query);
+    }
+  }
+
+  template <class Terms, class Scalar>
+  void write_log_sum_exp(Index row, const Operands<Scalar>& operands,
+                         const ForwardOutputs<Scalar>& outputs, Index head, Index query) const {
     if (!outputs.log_sum_exp) return;
     const Accumulator seen = softmax.log_sum_exp(row);
     const bool sees_a_key = seen != simd::minus_infinity<Accumulator>;

@@ -110,11 +110,31 @@ class StreamTask {
   StreamTask(const Operands<Scalar>& operands, const Terms& terms,
              StreamBuffers<Accumulator>& buffers)
       : operands_(operands), shape_(operands.shape), terms_(terms), buffers_(buffers) {
-    for (Index query = 0; query < shape_.queries; ++query) {
-      for (Index head = 0; head < shape_.query_heads; ++head) {
-        const Index row = head * shape_.queries + query;
-        simd::pack_rows(operands_.query_head(head).block_rows(query, 1), log2_scale(operands_),
-                        buffers_.queries + row * buffers_.query_stride);
+    for (Index head = 0; head < shape_.query_heads && !queries_lie_ready(); ++head) {
+      simd::pack_rows(operands_.query_head(head), Accumulator(1),
+                      buffers_.queries + head * shape_.queries * buffers_.query_stride);
+    }
+  }
+
+  /// Whether all keys are one run.
+  bool is_one_run(Index run) const {
+    return shape_.keys <= run && operands_.run_of_keys(0, shape_.keys) == shape_.keys;
+  }
+
+  /// All keys are one run: each head is finished and written before the next.
+  void run_once(const SoftmaxRows<Accumulator>& outs, const ForwardOutputs<Scalar>& outputs) {
+    for (Index head = 0; head < shape_.key_value_heads; ++head) {
+      look_ahead_to_head(head + 1);
+      outs.softmax.reset(rows());
+      const Coverage coverage = weigh(head, 0, shape_.keys, outs);
+      if constexpr (Terms::has_sinks) {  // which join the keys when all are done
+        sum_values(head, coverage, outs);
+        for (Index row = 0; row < rows(); ++row) {
+          outs.write(row, operands_, terms_, outputs, head_of(head, row), row % shape_.queries);
+        }
+      } else {
+        normalise(head, coverage, outs, outputs);
+        write_values(head, coverage, outs, outputs);
       }
     }
   }
@@ -126,8 +146,9 @@ class StreamTask {
       count = operands_.run_of_keys(key, std::min(run, end - key));
       look_ahead_to_run(key + count, std::min(run, end - key - count));
       for (Index head = 0; head < shape_.key_value_heads; ++head) {
-        if (count == keys) look_ahead_to_head(head + 1, key, keys);
-        visit(head, key, count, outs);
+        const auto outs_of_head = outs.from(head * rows());
+        const Coverage coverage = weigh(head, key, count, outs_of_head);
+        if (coverage != Coverage::empty) add_values(head, key, count, coverage, outs_of_head);
       }
     }
   }
@@ -151,38 +172,41 @@ class StreamTask {
   }
 
   /// Where one run is all, the next head comes from memory while one is computed.
-  void look_ahead_to_head(Index head, Index first_key, Index keys) {
+  void look_ahead_to_head(Index head) {
     if (head == shape_.key_value_heads) return;
-    look_ahead(operands_.keys_of(head, first_key, keys), operands_.values_of(head, first_key, keys),
+    look_ahead(operands_.keys_of(head, 0, shape_.keys), operands_.values_of(head, 0, shape_.keys),
                1);
   }
 
-  /// One run of keys of one key/value head, for all query heads that share it. The rows are still in
-  /// the first-level cache when values that are keys are read.
-  void visit(Index head, Index first_key, Index keys, const SoftmaxRows<Accumulator>& outs) {
+  /// The weights of one run of keys of one key/value head, for all query heads that share it; none
+  /// where no query sees a key.
+  Coverage weigh(Index head, Index first_key, Index keys, const SoftmaxRows<Accumulator>& outs) {
     const Coverage coverage = coverage_of_all(head, first_key, keys);
-    if (coverage == Coverage::empty) return;
+    if (coverage == Coverage::empty || rows() == 0) return Coverage::empty;
     score(head, first_key, keys, coverage);
-    outs.take_weights(first_row(head), rows(), keys, scores(0));
+    outs.take_weights(0, rows(), keys, scores(0));
     for (Index member = 0; member < shape_.group(); ++member)
       terms_.drop(tile_of(head, member, first_key, keys), scores(member));
-    add_values(head, first_key, keys, coverage, outs);
+    return coverage;
   }
 
-  /// Rows of one key/value head, and the first of them among those of all heads.
+  /// Rows of one key/value head.
   Index rows() const { return shape_.group() * shape_.queries; }
-  Index first_row(Index head) const { return head * rows(); }
+  Index head_of(Index head, Index row) const {
+    return head * shape_.group() + row / shape_.queries;
+  }
 
   void score(Index head, Index first_key, Index keys, Coverage coverage) {
-    const auto key_rows = operands_.keys_of(head, first_key, keys);
     const bool has_norms = operands_.key_norm_weight != Accumulator(0);
+    simd::set_dot_products<Accumulator>(rows(), queries_of(head),
+                                        operands_.keys_of(head, first_key, keys), scores(0),
+                                        has_norms ? buffers_.key_bias : nullptr, keys_ahead_);
     if (!has_norms) std::fill_n(buffers_.key_bias, keys, Accumulator(0));
-    simd::set_dot_products<Accumulator>(rows(), packed_queries(first_row(head)), key_rows,
-                                        scores(0), has_norms ? buffers_.key_bias : nullptr,
-                                        keys_ahead_);
     finish_key_bias(operands_, head, first_key, keys, buffers_.key_bias);
-    for (Index row = 0; row < rows(); ++row)
-      simd::add_row(buffers_.key_bias, scores(0).from(row).data, keys);
+    for (Index row = 0; row < rows(); ++row) {
+      simd::scale_and_add_row(buffers_.key_bias, log2_scale(operands_), scores(0).from(row).data,
+                              keys);
+    }
     for (Index member = 0; member < shape_.group(); ++member) {
       const Tile tile = tile_of(head, member, first_key, keys);
       finish_scores(operands_, terms_, tile, scores(member));
@@ -192,21 +216,85 @@ class StreamTask {
     }
   }
 
-  /// O += W·V
+  /// O += W·V. The rows are still in the first-level cache where values are keys.
   void add_values(Index head, Index first_key, Index keys, Coverage coverage,
                   const SoftmaxRows<Accumulator>& outs) {
     const auto value_rows = operands_.values_of(head, first_key, keys);
     if (can_be_read_in_place(value_rows, coverage)) {
-      simd::add_rows_product<Accumulator>(rows(), left_operand<false>(scores(0)), value_rows,
-                                          outs.tile(first_row(head)), values_ahead_);
+      simd::rows_product<Accumulator>(rows(), left_operand<false>(scores(0)), value_rows,
+                                      {outs.out, outs.stride, simd::Store::add}, values_ahead_);
       return;
     }
     const auto values = pack_row_operand(value_rows, Accumulator(1), buffers_.value_panels,
                                          buffers_.non_finite_values);
     for (Index member = 0; member < shape_.group(); ++member) {
       add_weighted_rows<false>(terms_, tile_of(head, member, first_key, keys), scores(member),
-                               values, 0, outs.tile(first_row(head) + member * shape_.queries));
+                               values, 0, outs.tile(member * shape_.queries));
     }
+  }
+
+  /// W·V of a head whose keys are one run, in the buffer.
+  void sum_values(Index head, Coverage coverage, const SoftmaxRows<Accumulator>& outs) {
+    outs.reset_out(rows());
+    if (coverage != Coverage::empty) add_values(head, 0, shape_.keys, coverage, outs);
+  }
+
+  /// W ← W/l of a head whose keys are one run, and its log-sum-exp.
+  void normalise(Index head, Coverage coverage, const SoftmaxRows<Accumulator>& outs,
+                 const ForwardOutputs<Scalar>& outputs) {
+    for (Index row = 0; row < rows(); ++row) {
+      outs.template write_log_sum_exp<Terms>(row, operands_, outputs, head_of(head, row),
+                                             row % shape_.queries);
+      if (coverage == Coverage::empty) continue;
+      simd::scale_row(scores(0).from(row).data, simd::padded<Accumulator>(shape_.keys),
+                      outs.softmax.normaliser(row));
+    }
+  }
+
+  /// O = W·V of such a head, where it belongs: at once, or through the buffer, with the same bits.
+  void write_values(Index head, Coverage coverage, const SoftmaxRows<Accumulator>& outs,
+                    const ForwardOutputs<Scalar>& outputs) {
+    const Index width = shape_.value_dim;
+    if constexpr (std::is_same_v<Scalar, Accumulator>) {
+      const auto value_rows = operands_.values_of(head, 0, shape_.keys);
+      if (coverage != Coverage::empty && lie_ready(outputs.out) &&
+          can_be_read_in_place(value_rows, coverage)) {
+        simd::rows_product<Accumulator>(rows(), left_operand<false>(scores(0)), value_rows,
+                                        {&outputs.out(0, head * shape_.group() * width),
+                                         row_distance(outputs.out), simd::Store::set},
+                                        values_ahead_);
+        return;
+      }
+    }
+    sum_values(head, coverage, outs);
+    for (Index row = 0; row < rows(); ++row) {
+      simd::write_row<simd::Store::set>(outs.tile(row).data, Accumulator(1),
+                                        outputs.out.block_cols(head_of(head, row) * width, width),
+                                        row % shape_.queries);
+    }
+  }
+
+  /// Whether the rows of a key/value head in a matrix with a row for each query are as they are
+  /// wanted: whole packets, and one as far from the other as the next.
+  template <class Stored>
+  bool lie_ready(MatrixView<Stored> matrix) const {
+    return std::is_same_v<Scalar, Accumulator> && matrix.col_stride == 1 &&
+           matrix.cols / shape_.query_heads % simd::lanes<Accumulator> == 0 &&
+           (shape_.group() == 1 || shape_.queries == 1);
+  }
+  template <class Stored>
+  Index row_distance(MatrixView<Stored> matrix) const {
+    return shape_.group() == 1 ? matrix.row_stride : matrix.cols / shape_.query_heads;
+  }
+  bool queries_lie_ready() const { return lie_ready(operands_.queries); }
+
+  /// The queries of one key/value head, without the scale.
+  simd::RowsOperand<Accumulator> queries_of(Index head) const {
+    if constexpr (std::is_same_v<Scalar, Accumulator>) {
+      if (queries_lie_ready())
+        return {operands_.query_head(head * shape_.group()).data, row_distance(operands_.queries)};
+    }
+    return {buffers_.queries + head * rows() * buffers_.query_stride, buffers_.query_stride};
   }
 
   /// Values can be used as they lie where they are whole contiguous packets. Behind a mask they must
@@ -231,10 +319,6 @@ class StreamTask {
     return all_empty ? Coverage::empty : all_full ? Coverage::full : Coverage::partial;
   }
 
-  simd::RowsOperand<Accumulator> packed_queries(Index row) const {
-    return {buffers_.queries + row * buffers_.query_stride, buffers_.query_stride};
-  }
-
   /// The scores of one member of the group of query heads, and of those after it.
   simd::Tile<Accumulator> scores(Index member) const {
     return {buffers_.scores + member * shape_.queries * buffers_.score_stride,
@@ -248,17 +332,6 @@ class StreamTask {
   simd::RowsAhead<Scalar> keys_ahead_, values_ahead_;
 };
 
-template <class Scalar, class Terms>
-void write_rows(const Operands<Scalar>& operands, const Terms& terms,
-                const SoftmaxRows<accumulator_t<Scalar>>& rows,
-                const ForwardOutputs<Scalar>& outputs) {
-  const Shape& shape = operands.shape;
-  for (Index query = 0; query < shape.queries; ++query) {
-    for (Index head = 0; head < shape.query_heads; ++head)
-      rows.write(head * shape.queries + query, operands, terms, outputs, head, query);
-  }
-}
-
 /// O = W·V and log_sum_exp of few queries: the items of one sequence that fall to one worker.
 template <class Scalar, class Terms, class Items>
 void forward(const Operands<Scalar>& operands, const Terms& terms, const StreamPlan<Scalar>& plan,
@@ -266,11 +339,12 @@ void forward(const Operands<Scalar>& operands, const Terms& terms, const StreamP
   StreamBuffers<accumulator_t<Scalar>> buffers(own, plan.shape, plan.run);
   StreamTask<Scalar, Terms> task(operands, terms, buffers);
   items([&](Index item) {
+    if (task.is_one_run(plan.run)) return task.run_once(buffers.outs, outputs);
     const Index first_key = item * plan.part;
     task.run(first_key, std::min(plan.part, plan.shape.keys - first_key), plan.run,
              plan.items > 1 ? plan.part_of(shared, item) : buffers.outs);
+    if (plan.items == 1) buffers.outs.write_all(operands, terms, outputs);
   });
-  if (plan.items == 1) write_rows(operands, terms, buffers.outs, outputs);
 }
 
 /// Merges the parts of a sequence, in order, and writes every output once.
@@ -284,7 +358,7 @@ void finish_forward(const Operands<Scalar>& operands, const Terms& terms,
     const auto part = plan.part_of(shared, item);
     for (Index row = 0; row < plan.rows(); ++row) whole.merge(row, part);
   }
-  write_rows(operands, terms, whole, outputs);
+  whole.write_all(operands, terms, outputs);
 }
 
 }  // namespace surfattn::detail

@@ -38,6 +38,16 @@ SURFATTN_ALWAYS_INLINE Packet<Scalar> load_unaligned(const Scalar* from) {
   return Eigen::internal::ploadu<Packet<Scalar>>(from);
 }
 
+/// The same packet, in a register: a compiler may otherwise load one that is used several times again
+/// for each use, as an operand in memory, where loads are what a loop runs short of.
+template <class P>
+SURFATTN_ALWAYS_INLINE P in_register(P packet) {
+#if defined(__GNUC__) && EIGEN_ARCH_x86_64
+  if constexpr (sizeof(P) >= 16 && !std::is_same_v<P, long double>) __asm__("" : "+v"(packet));
+#endif
+  return packet;
+}
+
 template <class Scalar>
 SURFATTN_ALWAYS_INLINE void store(Scalar* to, Packet<Scalar> packet) {
   Eigen::internal::pstore(to, packet);
@@ -196,6 +206,18 @@ SURFATTN_ALWAYS_INLINE Packet<Scalar> zero_where_zero(Packet<Scalar> a, Packet<S
     return a == Scalar(0) ? Scalar(0) : otherwise;
   } else {
     return Eigen::internal::pandnot(otherwise, Eigen::internal::pcmp_eq(a, broadcast(Scalar(0))));
+  }
+}
+
+/// The first `count` lanes of x, and `otherwise` in the rest.
+template <class Scalar>
+SURFATTN_ALWAYS_INLINE Packet<Scalar> first_lanes(Packet<Scalar> x, Index count, Scalar otherwise) {
+  if constexpr (lanes<Scalar> == 1) {
+    return count > 0 ? x : otherwise;
+  } else {
+    using namespace Eigen::internal;
+    const auto lane = plset<Packet<Scalar>>(Scalar(0));
+    return pselect(pcmp_lt(lane, broadcast(Scalar(count))), x, broadcast(otherwise));
   }
 }
 

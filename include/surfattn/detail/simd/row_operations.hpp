@@ -12,16 +12,24 @@ namespace surfattn::detail::simd {
 template <class Scalar>
 inline constexpr Scalar minus_infinity = -std::numeric_limits<Scalar>::infinity();
 
-/// The largest of `count` numbers, a whole number of panels. Where there is a NaN, any of them or
-/// NaN.
+/// The largest of `count` numbers; those that pad them to whole panels become −∞. Where there is a
+/// NaN, any of them or NaN.
 template <class Scalar>
-Scalar row_maximum(const Scalar* row, Index count) {
+Scalar pad_and_find_maximum(Scalar* row, Index count) {
   Packet<Scalar> largest[panel_packets];
   for (auto& packet : largest) packet = broadcast(minus_infinity<Scalar>);
-  for (Index j = 0; j < count; j += panel_width<Scalar>) {
+  Index j = 0;
+  for (; j + panel_width<Scalar> <= count; j += panel_width<Scalar>) {
     SURFATTN_UNROLL
     for (int p = 0; p < panel_packets; ++p)
       largest[p] = maximum(largest[p], load(row + j + p * lanes<Scalar>));
+  }
+  for (int p = 0; j < count && p < panel_packets; ++p) {
+    Scalar* const last = row + j + p * lanes<Scalar>;
+    const auto scores =
+        first_lanes<Scalar>(load(last), count - j - p * lanes<Scalar>, minus_infinity<Scalar>);
+    store(last, scores);
+    largest[p] = maximum(largest[p], scores);
   }
   return maximum_of(maximum(largest[0], largest[1]));
 }
@@ -100,6 +108,15 @@ void softmax_gradient_row(Scalar* scores, Scalar* gradients, Index count, Scalar
       store(gradient, multiply(weights[p], subtract(load(gradient), mean_gradient)));
     }
   });
+}
+
+/// row ← factor·row + addends over whole packets that hold `count` numbers.
+template <class Scalar>
+void scale_and_add_row(const Scalar* addends, Scalar factor, Scalar* row, Index count) {
+  const auto multiplier = broadcast(factor);
+  for (Index j = 0; j < count; j += lanes<Scalar>) {
+    store(row + j, multiply_add(load(row + j), multiplier, load(addends + j)));
+  }
 }
 
 /// totals ← totals + row over `count` numbers, and none beside them.

@@ -53,116 +53,163 @@ class RowsAhead {
   Index lines_ = 0;
 };
 
-/// sums_ij += q_i·k_j over the columns [first, first + lanes) of packed queries and of rows of
-/// keys, the latter as `take(j)` reads them.
-template <int Rows, int Keys, class Scalar, class Take>
-SURFATTN_ALWAYS_INLINE void add_dot_step(RowsOperand<Scalar> q, Index first,
-                                         Packet<Scalar> (&sums)[Rows][Keys], const Take& take) {
-  Packet<Scalar> key[Keys];
-  SURFATTN_UNROLL
-  for (int j = 0; j < Keys; ++j) key[j] = take(j);
-  SURFATTN_UNROLL
-  for (int i = 0; i < Rows; ++i) {
-    const auto query = load(q.data + i * q.stride + first);
-    SURFATTN_UNROLL
-    for (int j = 0; j < Keys; ++j) sums[i][j] = multiply_add(query, key[j], sums[i][j]);
-  }
-}
+/// Products of `Rows` queries with `Keys` keys on their way, and, `with_norms`, of each key with
+/// itself.
+template <int Rows, int Keys, bool with_norms, class Scalar>
+struct DotSums {
+  Packet<Scalar> products[Rows][Keys], squares[Keys];
 
-/// out_ij = q_i·k_j for `Rows` packed queries and `Keys` rows of keys. Asks for `lines` at each step.
-template <int Rows, int Keys, class Scalar, class Source, class Ahead>
-SURFATTN_ALWAYS_INLINE void dot_block(RowsOperand<Scalar> q, MatrixView<const Source> keys,
-                                      Tile<Scalar> out, Ahead& ahead, Index lines) {
-  Packet<Scalar> sums[Rows][Keys];
-  SURFATTN_UNROLL
-  for (int i = 0; i < Rows; ++i) {
+  SURFATTN_ALWAYS_INLINE DotSums() {
     SURFATTN_UNROLL
-    for (int j = 0; j < Keys; ++j) sums[i][j] = broadcast(Scalar(0));
+    for (int j = 0; j < Keys; ++j) {
+      squares[j] = broadcast(Scalar(0));
+      SURFATTN_UNROLL
+      for (int i = 0; i < Rows; ++i) products[i][j] = squares[j];
+    }
   }
-  Index c = 0;
-  for (; keys.col_stride == 1 && c + lanes<Scalar> <= keys.cols; c += lanes<Scalar>) {
-    ahead.ask(lines);
-    add_dot_step<Rows, Keys>(q, c, sums, [&](Index j) { return load_as<Scalar>(keys.row(j) + c); });
+
+  /// Adds those of the columns [first, first + lanes) of queries, whose rows end with whole packets,
+  /// and of rows of keys, as `take(j)` reads them.
+  template <class Take>
+  SURFATTN_ALWAYS_INLINE void add(RowsOperand<Scalar> q, Index first, const Take& take) {
+    Packet<Scalar> key[Keys];
+    SURFATTN_UNROLL
+    for (int j = 0; j < Keys; ++j) {
+      key[j] = in_register(take(j));
+      if constexpr (with_norms) squares[j] = multiply_add(key[j], key[j], squares[j]);
+    }
+    SURFATTN_UNROLL
+    for (int i = 0; i < Rows; ++i) {
+      const auto query = in_register(load_unaligned(q.data + i * q.stride + first));
+      SURFATTN_UNROLL
+      for (int j = 0; j < Keys; ++j) products[i][j] = multiply_add(query, key[j], products[i][j]);
+    }
   }
-  for (; c < keys.cols; c += lanes<Scalar>) {
-    add_dot_step<Rows, Keys>(q, c, sums, [&](Index j) {
-      return gather<Scalar>(&keys(j, c), keys.col_stride, keys.cols - c);
-    });
-  }
-  SURFATTN_UNROLL
-  for (int i = 0; i < Rows; ++i) {
-    const auto& row = sums[i];
-    Scalar* to = out.from(i).data;
+
+  SURFATTN_ALWAYS_INLINE static void store(const Packet<Scalar> (&packets)[Keys], Scalar* to) {
     if constexpr (Keys % 4 == 0) {
       SURFATTN_UNROLL
       for (int j = 0; j < Keys; j += 4)
-        store_sums(to + j, row[j], row[j + 1], row[j + 2], row[j + 3]);
+        store_sums(to + j, packets[j], packets[j + 1], packets[j + 2], packets[j + 3]);
     } else {
       SURFATTN_UNROLL
-      for (int j = 0; j < Keys; ++j) to[j] = sum(row[j]);
+      for (int j = 0; j < Keys; ++j) to[j] = sum(packets[j]);
     }
   }
+};
+
+/// out_ij = q_i·k_j for `Rows` queries and `Keys` rows of keys, and ‖k_j‖². Asks for `lines` at each
+/// step.
+template <int Rows, int Keys, bool with_norms, class Scalar, class Source, class Ahead>
+SURFATTN_ALWAYS_INLINE void dot_block(RowsOperand<Scalar> q, MatrixView<const Source> keys,
+                                      Tile<Scalar> out, Scalar* norms, Ahead& ahead, Index lines) {
+  DotSums<Rows, Keys, with_norms, Scalar> sums;
+  Index c = 0;
+  for (; keys.col_stride == 1 && c + lanes<Scalar> <= keys.cols; c += lanes<Scalar>) {
+    ahead.ask(lines);
+    sums.add(q, c, [&](Index j) { return load_as<Scalar>(keys.row(j) + c); });
+  }
+  for (; c < keys.cols; c += lanes<Scalar>) {
+    sums.add(q, c,
+             [&](Index j) { return gather<Scalar>(&keys(j, c), keys.col_stride, keys.cols - c); });
+  }
+  SURFATTN_UNROLL
+  for (int i = 0; i < Rows; ++i) sums.store(sums.products[i], out.from(i).data);
+  if constexpr (with_norms) sums.store(sums.squares, norms);
 }
 
-/// The queries from `row` on against `Keys` rows of keys, in steps of `Rows` and then one by one.
+/// The queries from `row` on against `Keys` rows of keys, in steps of `Rows` and then of half as many.
 template <int Rows, int Keys, class Scalar, class Source, class Ahead>
 SURFATTN_ALWAYS_INLINE void dot_column(Index row, Index rows, RowsOperand<Scalar> q,
                                        MatrixView<const Source> keys, Tile<Scalar> out,
                                        Ahead& ahead) {
   const Index steps = std::max<Index>(1, keys.cols / lanes<Scalar>);
   for (; row + Rows <= rows; row += Rows) {
-    dot_block<Rows, Keys>({q.from(row), q.stride}, keys, out.from(row), ahead,
-                          row == 0 ? ahead.lines_of(Keys, steps) : 0);
+    dot_block<Rows, Keys, false, Scalar>({q.from(row), q.stride}, keys, out.from(row), nullptr,
+                                         ahead, row == 0 ? ahead.lines_of(Keys, steps) : 0);
   }
   if constexpr (Rows > 1) {
-    if (row < rows) dot_column<1, Keys>(row, rows, q, keys, out, ahead);
+    if (row < rows) dot_column<Rows / 2, Keys>(row, rows, q, keys, out, ahead);
   }
 }
 
-/// All queries against the rows of keys from `key` on, in steps of `Keys` and then one by one.
+/// ‖k_j‖² of `Keys` rows of keys, together with their products with the first query where queries are
+/// taken one by one. Returns how many queries are done.
+template <int Rows, int Keys, class Scalar, class Source, class Ahead>
+SURFATTN_ALWAYS_INLINE Index set_norms(RowsOperand<Scalar> q, MatrixView<const Source> keys,
+                                       Tile<Scalar> out, Scalar* norms, Ahead& ahead) {
+  if constexpr (Rows == 1) {
+    const Index steps = std::max<Index>(1, keys.cols / lanes<Scalar>);
+    dot_block<1, Keys, true>(q, keys, out, norms, ahead, ahead.lines_of(Keys, steps));
+    return 1;
+  } else {
+    squared_norms(keys, norms);
+    return 0;
+  }
+}
+
+/// All queries, one or more, against the rows of keys from `key` on, in steps of `Keys` and then of
+/// half as many; with queries taken one by one, the last keys are as well.
 template <int Rows, int Keys, class Scalar, class Source, class Ahead>
 SURFATTN_ALWAYS_INLINE void dot_columns(Index key, Index rows, RowsOperand<Scalar> q,
                                         MatrixView<const Source> keys, Tile<Scalar> c,
                                         Scalar* norms, Ahead& ahead) {
   for (; key + Keys <= keys.rows; key += Keys) {
     const auto some = keys.block_rows(key, Keys);
-    if (norms) squared_norms(some, norms + key);
-    dot_column<Rows, Keys>(0, rows, q, some, {c.data + key, c.row_stride}, ahead);
+    const Tile<Scalar> out{c.data + key, c.row_stride};
+    const Index done = norms ? set_norms<Rows, Keys>(q, some, out, norms + key, ahead) : 0;
+    dot_column<Rows, Keys>(done, rows, q, some, out, ahead);
   }
   if constexpr (Keys > 1) {
-    if (key < keys.rows) dot_columns<Rows, 1>(key, rows, q, keys, c, norms, ahead);
+    constexpr int fewer = Rows == 1 ? 1 : Keys / 2;
+    if (key < keys.rows) dot_columns<Rows, fewer>(key, rows, q, keys, c, norms, ahead);
   }
 }
 
-/// C = Q·Kᵀ: Q packed (rows padded with zeros), K the rows of an input as they lie. Writes ‖k_j‖² to
-/// `norms` too, unless that is null: while the rows are in the first-level cache.
+/// C = Q·Kᵀ: the rows of Q whole packets wide (packed ones are padded with zeros), K the rows of an
+/// input as they lie. Writes ‖k_j‖² to `norms` too, unless that is null.
 template <class Scalar, class Source, class Ahead>
 SURFATTN_NEVER_INLINE void set_dot_products(Index rows, RowsOperand<Scalar> q,
                                             MatrixView<const Source> keys, Tile<Scalar> c,
                                             Scalar* norms, Ahead& ahead) {
+  constexpr bool wide = registers >= 32;  // room for all sums, the keys, and a query
   if (rows >= 4) {
-    dot_columns<4, 4>(0, rows, q, keys, c, norms, ahead);
+    dot_columns<wide ? 4 : 2, 4>(0, rows, q, keys, c, norms, ahead);
   } else {
-    dot_columns<1, 8>(0, rows, q, keys, c, norms, ahead);
+    dot_columns<1, wide ? 8 : 4>(0, rows, q, keys, c, norms, ahead);
   }
 }
 
-/// `Rows` rows of C += A·B over `Packets` packets of columns, where B are rows of an input as they
-/// lie. Asks for `lines` at each of them.
+/// Where a product of rows goes: rows of whole packets.
+template <class Scalar>
+struct RowsResult {
+  Scalar* data;
+  Index stride;
+  Store mode;
+
+  RowsResult from(Index row, Index col) const { return {data + row * stride + col, stride, mode}; }
+};
+
+/// `Rows` rows of C = A·B or C += A·B over `Packets` packets of columns, where B are rows of an input
+/// as they lie. Asks for `lines` at each of them.
 template <int Rows, int Packets, class Scalar, class Source, class Ahead>
-SURFATTN_ALWAYS_INLINE void add_rows_block(RowsOperand<Scalar> a, MatrixView<const Source> b,
-                                           Tile<Scalar> c, Ahead& ahead, Index lines) {
+SURFATTN_ALWAYS_INLINE void rows_block(RowsOperand<Scalar> a, MatrixView<const Source> b,
+                                       RowsResult<Scalar> c, Ahead& ahead, Index lines) {
   Packet<Scalar> sums[Rows][Packets];
   SURFATTN_UNROLL
   for (int i = 0; i < Rows; ++i) {
     SURFATTN_UNROLL
-    for (int p = 0; p < Packets; ++p) sums[i][p] = load(c.from(i).data + p * lanes<Scalar>);
+    for (int p = 0; p < Packets; ++p) {
+      sums[i][p] = c.mode == Store::set ? broadcast(Scalar(0))
+                                        : load_unaligned(c.data + i * c.stride + p * lanes<Scalar>);
+    }
   }
   for (Index k = 0; k < b.rows; ++k) {
     ahead.ask(lines);
     Packet<Scalar> row[Packets];
     SURFATTN_UNROLL
-    for (int p = 0; p < Packets; ++p) row[p] = load_as<Scalar>(b.row(k) + p * lanes<Scalar>);
+    for (int p = 0; p < Packets; ++p)
+      row[p] = in_register(load_as<Scalar>(b.row(k) + p * lanes<Scalar>));
     SURFATTN_UNROLL
     for (int i = 0; i < Rows; ++i) {
       const auto factor = broadcast(a.from(i)[k]);
@@ -173,48 +220,49 @@ SURFATTN_ALWAYS_INLINE void add_rows_block(RowsOperand<Scalar> a, MatrixView<con
   SURFATTN_UNROLL
   for (int i = 0; i < Rows; ++i) {
     SURFATTN_UNROLL
-    for (int p = 0; p < Packets; ++p) store(c.from(i).data + p * lanes<Scalar>, sums[i][p]);
+    for (int p = 0; p < Packets; ++p)
+      store_unaligned(c.data + i * c.stride + p * lanes<Scalar>, sums[i][p]);
   }
 }
 
-/// The columns of C += A·B from `col` on, in steps of `Packets` packets and then of half as many;
-/// they are a whole number of packets.
+/// The columns of C from `col` on, in steps of `Packets` packets and then of half as many; they are
+/// a whole number of packets.
 template <int Rows, int Packets, class Scalar, class Source, class Ahead>
-SURFATTN_ALWAYS_INLINE void add_rows_columns(Index col, RowsOperand<Scalar> a,
-                                             MatrixView<const Source> b, Tile<Scalar> c,
-                                             Ahead& ahead, Index lines) {
+SURFATTN_ALWAYS_INLINE void rows_columns(Index col, RowsOperand<Scalar> a,
+                                         MatrixView<const Source> b, RowsResult<Scalar> c,
+                                         Ahead& ahead, Index lines) {
   constexpr Index width = Packets * lanes<Scalar>;
   for (; col + width <= b.cols; col += width) {
-    add_rows_block<Rows, Packets>(a, b.block_cols(col, width), {c.data + col, c.row_stride}, ahead,
-                                  lines);
+    rows_block<Rows, Packets>(a, b.block_cols(col, width), c.from(0, col), ahead, lines);
   }
   if constexpr (Packets > 1) {
-    if (col < b.cols) add_rows_columns<Rows, Packets / 2>(col, a, b, c, ahead, lines);
+    if (col < b.cols) rows_columns<Rows, Packets / 2>(col, a, b, c, ahead, lines);
   }
 }
 
-/// The rows of C += A·B from `row` on, in steps of `Rows` and then of half as many: the fewer the
-/// rows, the wider the block of columns, so that there are always as many sums under way.
+/// The rows of C from `row` on, in steps of `Rows` and then of half as many: the fewer the rows,
+/// the wider the block of columns, so that there are always as many sums under way.
 template <int Rows, class Scalar, class Source, class Ahead>
-SURFATTN_ALWAYS_INLINE void add_rows(Index row, Index rows, RowsOperand<Scalar> a,
-                                     MatrixView<const Source> b, Tile<Scalar> c, Ahead& ahead) {
+SURFATTN_ALWAYS_INLINE void rows_of_product(Index row, Index rows, RowsOperand<Scalar> a,
+                                            MatrixView<const Source> b, RowsResult<Scalar> c,
+                                            Ahead& ahead) {
   constexpr int packets = (registers >= 32 ? 16 : 8) / Rows;
   const Index passes = std::max<Index>(1, rows * b.cols / (Rows * packets * lanes<Scalar>));
   for (; row + Rows <= rows; row += Rows) {
-    add_rows_columns<Rows, packets>(0, {a.from(row), a.stride}, b, c.from(row), ahead,
-                                    ahead.lines_of(1, passes));
+    rows_columns<Rows, packets>(0, {a.from(row), a.stride}, b, c.from(row, 0), ahead,
+                                ahead.lines_of(1, passes));
   }
   if constexpr (Rows > 1) {
-    if (row < rows) add_rows<Rows / 2>(row, rows, a, b, c, ahead);
+    if (row < rows) rows_of_product<Rows / 2>(row, rows, a, b, c, ahead);
   }
 }
 
-/// C += A·B for `rows` rows, where B are rows of an input as they lie.
+/// C = A·B or C += A·B for `rows` rows, where B are rows of an input as they lie.
 template <class Scalar, class Source, class Ahead>
-SURFATTN_NEVER_INLINE void add_rows_product(Index rows, RowsOperand<Scalar> a,
-                                            MatrixView<const Source> b, Tile<Scalar> c,
-                                            Ahead& ahead) {
-  add_rows<registers >= 32 ? 8 : 4>(0, rows, a, b, c, ahead);
+SURFATTN_NEVER_INLINE void rows_product(Index rows, RowsOperand<Scalar> a,
+                                        MatrixView<const Source> b, RowsResult<Scalar> c,
+                                        Ahead& ahead) {
+  rows_of_product<4>(0, rows, a, b, c, ahead);
 }
 
 }  // namespace surfattn::detail::simd
