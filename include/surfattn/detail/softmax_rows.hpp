@@ -60,14 +60,22 @@ struct SoftmaxRows {
     softmax.merge(row, part.softmax, out + row * stride, part.out + row * stride, stride);
   }
 
+  /// Takes in the sinks, when all keys are done: what has been weighed so far, whole packets of
+  /// numbers, is brought to the new maximum.
+  template <class Terms>
+  void include_sinks(Index row, const Terms& terms, Index head, Accumulator* weighed,
+                     Index count) const {
+    terms.each_sink([&](const auto& sink) {
+      const auto logit = sink.template logit<Accumulator>(head) * simd::log2_e<Accumulator>;
+      softmax.include(row, logit, weighed, count);
+    });
+  }
+
   /// The finished row: o/l and the log-sum-exp, −∞ where no key was seen and no sink is.
   template <class Scalar, class Terms>
   void write(Index row, const Operands<Scalar>& operands, const Terms& terms,
              const ForwardOutputs<Scalar>& outputs, Index head, Index query) const {
-    terms.each_sink([&](const auto& sink) {
-      const auto logit = sink.template logit<Accumulator>(head) * simd::log2_e<Accumulator>;
-      softmax.include(row, logit, out + row * stride, stride);
-    });
+    include_sinks(row, terms, head, out + row * stride, stride);
     const Index value_dim = operands.shape.value_dim;
     simd::write_row<simd::Store::set>(out + row * stride, softmax.normaliser(row),
                                       outputs.out.block_cols(head * value_dim, value_dim), query);

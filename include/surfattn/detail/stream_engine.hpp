@@ -127,15 +127,8 @@ class StreamTask {
       look_ahead_to_head(head + 1);
       outs.softmax.reset(rows());
       const Coverage coverage = weigh(head, 0, shape_.keys, outs);
-      if constexpr (Terms::has_sinks) {  // which join the keys when all are done
-        sum_values(head, coverage, outs);
-        for (Index row = 0; row < rows(); ++row) {
-          outs.write(row, operands_, terms_, outputs, head_of(head, row), row % shape_.queries);
-        }
-      } else {
-        normalise(head, coverage, outs, outputs);
-        write_values(head, coverage, outs, outputs);
-      }
+      normalise(head, coverage, outs, outputs);
+      write_values(head, coverage, outs, outputs);
     }
   }
 
@@ -242,12 +235,13 @@ class StreamTask {
   /// W ← W/l of a head whose keys are one run, and its log-sum-exp.
   void normalise(Index head, Coverage coverage, const SoftmaxRows<Accumulator>& outs,
                  const ForwardOutputs<Scalar>& outputs) {
+    const Index weights = coverage == Coverage::empty ? 0 : simd::padded<Accumulator>(shape_.keys);
     for (Index row = 0; row < rows(); ++row) {
+      Accumulator* const weighed = scores(0).from(row).data;
+      outs.include_sinks(row, terms_, head_of(head, row), weighed, weights);
       outs.template write_log_sum_exp<Terms>(row, operands_, outputs, head_of(head, row),
                                              row % shape_.queries);
-      if (coverage == Coverage::empty) continue;
-      simd::scale_row(scores(0).from(row).data, simd::padded<Accumulator>(shape_.keys),
-                      outs.softmax.normaliser(row));
+      simd::scale_row(weighed, weights, outs.softmax.normaliser(row));
     }
   }
 
