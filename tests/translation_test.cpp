@@ -81,7 +81,7 @@ void check_gradients(const Model<Layer>& at, Padding kind) {
       return learn(model, batch, dropout).sums.mean();
     };
     surfattn::GradientCheckOptions<double> options;
-    options.step = 2e-4;  // a rectifier has a kink
+    options.step = 2e-4;   // a rectifier has a kink
     options.floor = 0.05;  // the differences are rounded by about 1e-14/step
     const auto result = surfattn::check_gradient(loss, value, gradient, options);
     parameter = value;

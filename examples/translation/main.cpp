@@ -10,10 +10,10 @@
 
 #include "benchmark.hpp"
 #include "built_in_pairs.hpp"
+#include "cached_decoder.hpp"
 #include "command_line.hpp"
 #include "memory.hpp"
 #include "plot.hpp"
-#include "search.hpp"
 #include "training_run.hpp"
 
 namespace {
@@ -41,8 +41,7 @@ void show_translations(const Trainer<Layer>& trainer) {
   const DataSet& data = trainer.data();
   for (std::size_t i = 0; i < std::min<std::size_t>(8, data.validation.size()); ++i) {
     const Example& example = data.validation[i];
-    const auto tokens =
-        translate_greedily(RecomputingDecoder<Layer>(trainer.model(), example.source));
+    const auto tokens = translate_greedily(CachedDecoder<Layer>(trainer.model(), example.source));
     std::printf("  %-44s | %-44s | %s\n", data.source.sentence(example.source).c_str(),
                 data.target.sentence(example.label).c_str(), data.target.sentence(tokens).c_str());
   }
@@ -55,7 +54,8 @@ void run(Trainer<Layer>& trainer, const CommandLine& line) {
               trainer.data().validation.size(), trainer.data().source.size(),
               trainer.data().target.size());
   const std::string checkpoint = line.checkpoint.empty() ? line.resume : line.checkpoint;
-  if (!run_training(trainer, {line.epochs, checkpoint, line.log, line.checkpoint_seconds})) {
+  if (!run_training(trainer,
+                    {line.epochs, checkpoint, line.log, line.checkpoint_seconds, stdout})) {
     std::printf("interrupted%s%s\n", checkpoint.empty() ? "" : "; go on with --resume ",
                 checkpoint.c_str());
     return;
@@ -106,7 +106,11 @@ void translate(const CommandLine& line) {
       const auto words = words_of(sentence);
       if (words.empty()) continue;
       const auto source = source_tokens(saved.source, words, model.length());
-      print_translations(RecomputingDecoder<Layer>(model, source), saved.target, line.beam);
+      if (line.recompute) {
+        print_translations(RecomputingDecoder<Layer>(model, source), saved.target, line.beam);
+      } else {
+        print_translations(CachedDecoder<Layer>(model, source), saved.target, line.beam);
+      }
     }
   });
 }

@@ -4,12 +4,25 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <utility>
 #include <vector>
 
 #include "model.hpp"
 
 namespace translation {
+
+/// Of each token of the vocabulary, given the decoder's row for the one before.
+template <class Scalar>
+RowVector<Scalar> log_probabilities(const Matrix<Scalar>& hidden,
+                                    const OutputLayer<Scalar>& output) {
+  RowVector<Scalar> logits = hidden * output.weight + output.bias;
+  logits.array() -= logits.maxCoeff();
+  logits.array() -= std::log(logits.array().exp().sum());
+  // what no label ever is
+  logits[padding] = logits[start] = -std::numeric_limits<Scalar>::infinity();
+  return logits;
+}
 
 /// Computes what is to be said about the next token from all tokens so far, each time anew.
 template <class Layer>
@@ -34,17 +47,7 @@ class RecomputingDecoder {
     batch.target.append(state, static_cast<Index>(state.size()));
     ModelPass<Layer> pass = encoded_;
     decode(model_, batch, pass);
-    return log_probabilities(pass.decoded().bottomRows(1), model_.output);
-  }
-
-  static RowVector<Scalar> log_probabilities(const Matrix<Scalar>& hidden,
-                                             const OutputLayer<Scalar>& output) {
-    RowVector<Scalar> logits = hidden * output.weight + output.bias;
-    logits.array() -= logits.maxCoeff();
-    logits.array() -= std::log(logits.array().exp().sum());
-    // what no label ever is
-    logits[padding] = logits[start] = -std::numeric_limits<Scalar>::infinity();
-    return logits;
+    return log_probabilities<Scalar>(pass.decoded().bottomRows(1), model_.output);
   }
 
  private:
@@ -121,8 +124,8 @@ inline void add_result(std::vector<Token> tokens, double log_probability, bool i
 template <class Decoder>
 std::vector<Translation> translate_by_beam(const Decoder& decoder, std::size_t width) {
   using namespace search_detail;
-  std::vector<Hypothesis<typename Decoder::State>> beam(1);
-  beam[0].state = decoder.begin();
+  std::vector<Hypothesis<typename Decoder::State>> beam;
+  beam.push_back({{}, 0, decoder.begin()});
   std::vector<Translation> results;
   for (Index length = 0; length < decoder.length() && !beam.empty(); ++length) {
     std::vector<Candidate> candidates;

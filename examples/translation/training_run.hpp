@@ -16,6 +16,7 @@ struct RunOptions {
   Index epochs = 1;
   std::string checkpoint, log;     ///< files; empty: none
   double checkpoint_seconds = 60;  ///< between checkpoints
+  std::FILE* report = stdout;      ///< where records are printed; null: nowhere
 };
 
 namespace run_detail {
@@ -78,13 +79,14 @@ class ProgressLine {
   double started_ = seconds_now(), last_ = started_;
 };
 
-inline void print(const Record& record) {
-  std::printf(
-      "epoch %6.2f  %8s  training: loss %.4f, accuracy %.4f  validation: loss %.4f, accuracy "
-      "%.4f\n",
-      record.epoch, clock_words(record.seconds).c_str(), record.training_loss,
-      record.training_accuracy, record.validation_loss, record.validation_accuracy);
-  std::fflush(stdout);
+inline void print(const Record& record, std::FILE* report) {
+  if (!report) return;
+  std::fprintf(report,
+               "epoch %6.2f  %8s  training: loss %.4f, accuracy %.4f  validation: loss %.4f, "
+               "accuracy %.4f\n",
+               record.epoch, clock_words(record.seconds).c_str(), record.training_loss,
+               record.training_accuracy, record.validation_loss, record.validation_accuracy);
+  std::fflush(report);
 }
 
 template <class Layer>
@@ -111,7 +113,7 @@ bool run_training(Trainer<Layer>& trainer, const RunOptions& options) {
       if (is_due) {
         const Record& record = trainer.record();
         progress.clear();
-        print(record);
+        print(record, options.report);
       }
       if (is_due || seconds_now() - last_save >= options.checkpoint_seconds) {
         save(trainer, options);
