@@ -303,13 +303,8 @@ AttentionGradients<Scalar> attend_backward(const StandardWeights<Scalar>& weight
   AttentionGradients<Scalar> gradients{
       Matrix<Scalar>(q.rows(), q.cols()), Matrix<Scalar>(k.rows(), k.cols()), {}};
   if (shares_keys(weights)) {
-    const SurfaceOptions shared = shared_options(weights, options);
-    Scalar grad_bandwidth;
-    Matrix<Scalar> grad_log_prior(k.rows(), key_norm_options(weights).heads);
-    project_backward_into(q, k, forward.attention.out, forward.attention.log_sum_exp, grad_out,
-                          gradients.queries, gradients.keys, grad_bandwidth, grad_log_prior,
-                          Workspace(workspace_size(Pass::backward, q, k, shared, terms...)), shared,
-                          terms...);
+    project_backward_of_layer(q, k, forward.attention, grad_out, gradients.queries, gradients.keys,
+                              shared_options(weights, options), terms...);
     return gradients;
   }
   const Matrix<Scalar>& v = layer_values(weights, forward);
@@ -493,17 +488,11 @@ void run_layer_backward(const X& x, const Y& y, const SurfaceWeights<Scalar>& we
   gradients.weights.output_bias = bias_gradient(grad_out, weights.output_bias);
   gradients.weights.readout_bias =
       readout_bias_gradient(weights.readout_bias, forward.projection.log_sum_exp, grad_out);
-  const SurfaceOptions inner = layer_options(weights, options);
   Matrix<Scalar> grad_queries(forward.queries.rows(), forward.queries.cols());
-  Matrix<Scalar> grad_log_prior(y.rows(), 1);
-  Scalar grad_bandwidth;
   gradients.y.resize(y.rows(), y.cols());
-  project_backward_into(
-      forward.queries, to, forward.projection.out, forward.projection.log_sum_exp,
-      product(grad_out, weights.readout.transpose()), grad_queries, gradients.y, grad_bandwidth,
-      grad_log_prior,
-      Workspace(workspace_size(Pass::backward, forward.queries, to, inner, terms...)), inner,
-      terms...);
+  project_backward_of_layer(forward.queries, to, forward.projection,
+                            product(grad_out, weights.readout.transpose()), grad_queries,
+                            gradients.y, layer_options(weights, options), terms...);
   // Q = X·A + g
   gradients.weights.metric = product(from.transpose(), grad_queries);
   gradients.weights.metric_bias = bias_gradient(grad_queries, weights.metric_bias);

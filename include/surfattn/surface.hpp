@@ -217,6 +217,26 @@ void project_backward_into(const Queries& queries, const Keys& keys, const Out& 
   grad_bandwidth = -2 * operands.scale * std::sqrt(operands.scale) * grad_scale;
 }
 
+namespace detail {
+
+/// Of the gradients of project_backward_into those of queries and keys alone, which are all that a
+/// layer needs under KeyPrior::sdpa. Allocates a workspace.
+template <class Keys, class Scalar, class... Terms>
+void project_backward_of_layer(const Matrix<Scalar>& queries, const Keys& keys,
+                               const Forward<Scalar>& forward, const Matrix<Scalar>& grad_out,
+                               Matrix<Scalar>& grad_queries, Matrix<Scalar>& grad_keys,
+                               const SurfaceOptions& options, const Terms&... terms) {
+  constexpr Require require("project_backward");
+  const auto operands = surface_operands(queries, keys, options, require);
+  const Upstream<Scalar> upstream{view(forward.out), view(forward.log_sum_exp), view(grad_out)};
+  run_backward(operands, upstream,
+               GradientOutputs<Scalar>{view(grad_queries), view(grad_keys), {}, {}},
+               Workspace(workspace_size(Pass::backward, queries, keys, options, terms...)),
+               options.executor, require, DoNothing{}, terms...);
+}
+
+}  // namespace detail
+
 /// Projection of each query onto the surface that the keys sample: for each query head,
 ///
 ///     S_ij = −‖q_i − k_j‖²/(2σ²) + log π_j,
