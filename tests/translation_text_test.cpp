@@ -143,6 +143,10 @@ TEST_CASE("logs of runs are read as they were written", "[translation]") {
   CHECK_THAT(text, contains_text("surface, validation"));
   CHECK_THAT(text, contains_text("against seconds of one core"));
   CHECK(text.find("nan") == std::string::npos);
+  CHECK(table_of({{"one", history}, {"other", history}}) ==
+        "| epoch | one: validation loss | accuracy | seconds | other: validation loss | accuracy | "
+        "seconds |\n|---|---|---|---|---|---|---|\n"
+        "| 1 | 4.500 | 0.250 | 2 | 4.500 | 0.250 | 2 |\n");
   std::filesystem::remove(file);
   std::filesystem::remove(svg);
 }

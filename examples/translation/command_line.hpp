@@ -111,7 +111,8 @@ inline void Options::add_tasks() {
              1, 1000);
   add_switch("--recompute", "with --translate: without a cache of keys and values",
              [this] { line_.recompute = true; });
-  add_switch("--plot", "LOG.csv ... OUT.svg: draws the logs of training runs", task(Task::plot));
+  add_switch("--plot", "LOG.csv ... OUT.svg: draws the logs of training runs, prints a table",
+             task(Task::plot));
   add_switch("--benchmark", "times the training steps of both forms by turns",
              task(Task::benchmark));
   add_number("--seconds", "with --benchmark: for how long", line_.seconds, 0.1, 1e4);

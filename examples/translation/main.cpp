@@ -122,6 +122,7 @@ void plot(const CommandLine& line) {
     runs.push_back({std::filesystem::path(file).stem().string(), read_history(file)});
   }
   plot_runs(runs, line.files.back());
+  std::printf("%s", table_of(runs).c_str());
 }
 
 void perform(const CommandLine& line) {

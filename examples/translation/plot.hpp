@@ -81,4 +81,29 @@ inline void plot_runs(const std::vector<Run>& runs, const std::string& file) {
        panel(runs, accuracy, &Record::seconds, seconds)});
 }
 
+/// A table in Markdown: a line for each epoch that all of these runs have ended.
+inline std::string table_of(const std::vector<Run>& runs) {
+  std::string text = "| epoch |", rule = "\n|---|";
+  for (const Run& run : runs) {
+    text += " " + run.label + ": validation loss | accuracy | seconds |";
+    rule += "---|---|---|";
+  }
+  text += rule;
+  for (double epoch = 1;; ++epoch) {
+    std::string line = "\n| " + examples::svg_detail::number(epoch, "%.0f") + " |";
+    for (const Run& run : runs) {
+      const auto record = std::find_if(run.history.begin(), run.history.end(),
+                                       [&](const Record& r) { return r.epoch == epoch; });
+      if (record == run.history.end()) return text + "\n";
+      const auto add = [&](double number, const char* format) {
+        line += " " + examples::svg_detail::number(number, format) + " |";
+      };
+      add(record->validation_loss, "%.3f");
+      add(record->validation_accuracy, "%.3f");
+      add(record->seconds, "%.0f");
+    }
+    text += line;
+  }
+}
+
 }  // namespace translation
