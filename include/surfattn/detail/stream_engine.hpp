@@ -44,9 +44,13 @@ struct StreamPlan {
   }
 
   /// Up to so many rows for each key/value head, packing keys and values would cost more than it
-  /// saves.
+  /// saves; where the keys are few as well, so would tiles, for more rows.
   static constexpr Index most_rows = 16;
-  static bool fits(const Shape& shape) { return shape.group() * shape.queries <= most_rows; }
+  static bool fits(const Shape& shape) {
+    constexpr Index most_rows_of_few_keys = 128, few_keys = 16;
+    const Index rows = shape.group() * shape.queries;
+    return rows <= most_rows || (shape.keys <= few_keys && rows <= most_rows_of_few_keys);
+  }
 
  private:
   std::size_t bytes_per_item() const {

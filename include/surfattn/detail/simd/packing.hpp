@@ -23,6 +23,9 @@ struct NonFiniteRows {
 template <class Scalar, class Source>
 SURFATTN_ALWAYS_INLINE Packet<Scalar> gather(const Source* from, Index stride, Index count) {
   if (stride == 1 && count >= lanes<Scalar>) return load_as<Scalar>(from);
+  if constexpr (std::is_same_v<Scalar, Source> && loads_parts<Scalar>) {
+    if (stride == 1) return load_part(from, count);
+  }
   alignas(Arena::alignment) Scalar numbers[lanes<Scalar>] = {};
   for (Index c = 0; c < std::min(count, lanes<Scalar>); ++c) {
     numbers[c] = static_cast<Scalar>(from[c * stride]);
