@@ -257,10 +257,11 @@ class StreamTask {
       const auto value_rows = operands_.values_of(head, 0, shape_.keys);
       if (coverage != Coverage::empty && lie_ready(outputs.out) &&
           can_be_read_in_place(value_rows, coverage)) {
-        simd::rows_product<Accumulator>(rows(), left_operand<false>(scores(0)), value_rows,
-                                        {&outputs.out(0, head * shape_.group() * width),
-                                         row_distance(outputs.out), simd::Store::set},
-                                        values_ahead_);
+        simd::rows_product<Accumulator>(
+            rows(), left_operand<false>(scores(0)), value_rows,
+            {outputs.out.block_cols(head * shape_.group() * width, width).data,
+             row_distance(outputs.out), simd::Store::set},
+            values_ahead_);
         return;
       }
     }

@@ -38,28 +38,6 @@ SURFATTN_ALWAYS_INLINE Packet<Scalar> load_unaligned(const Scalar* from) {
   return Eigen::internal::ploadu<Packet<Scalar>>(from);
 }
 
-/// Whether part of a packet can be loaded without touching what follows.
-template <class Scalar>
-inline constexpr bool loads_parts =
-#if defined(EIGEN_VECTORIZE_AVX512)
-    std::is_same_v<Scalar, double> ||
-#endif
-    Eigen::internal::unpacket_traits<Packet<Scalar>>::masked_load_available;
-
-/// The first `count` numbers from `from` on, fewer than a packet has, and zeros.
-template <class Scalar>
-SURFATTN_ALWAYS_INLINE Packet<Scalar> load_part(const Scalar* from, Index count) {
-#if defined(EIGEN_VECTORIZE_AVX512)
-  if constexpr (std::is_same_v<Scalar, double>)
-    return _mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << count) - 1), from);
-  else
-#endif
-  {
-    using Mask = typename Eigen::internal::unpacket_traits<Packet<Scalar>>::mask_t;
-    return Eigen::internal::ploadu<Packet<Scalar>>(from, static_cast<Mask>((1u << count) - 1));
-  }
-}
-
 /// The same packet, in a register: a compiler may otherwise load one that is used several times again
 /// for each use, as an operand in memory, where loads are what a loop runs short of.
 template <class P>
@@ -248,6 +226,28 @@ SURFATTN_ALWAYS_INLINE Packet<Scalar> first_lanes(Packet<Scalar> x, Index count,
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wignored-attributes"
 #endif
+
+/// Whether part of a packet can be loaded without touching what follows.
+template <class Scalar>
+inline constexpr bool loads_parts =
+#if defined(EIGEN_VECTORIZE_AVX512)
+    std::is_same_v<Scalar, double> ||
+#endif
+    Eigen::internal::unpacket_traits<Packet<Scalar>>::masked_load_available;
+
+/// The first `count` numbers from `from` on, fewer than a packet has, and zeros.
+template <class Scalar>
+SURFATTN_ALWAYS_INLINE Packet<Scalar> load_part(const Scalar* from, Index count) {
+#if defined(EIGEN_VECTORIZE_AVX512)
+  if constexpr (std::is_same_v<Scalar, double>)
+    return _mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << count) - 1), from);
+  else
+#endif
+  {
+    using Mask = typename Eigen::internal::unpacket_traits<Packet<Scalar>>::mask_t;
+    return Eigen::internal::ploadu<Packet<Scalar>>(from, static_cast<Mask>((1u << count) - 1));
+  }
+}
 
 /// Numbers of a square block, one packet for each row.
 template <class Scalar>

@@ -19,12 +19,13 @@ struct NonFiniteRows {
   Index count = 0;
 };
 
-/// `count` ≤ lanes numbers, `stride` apart, and zeros in the remaining lanes.
+/// The first `count` of the numbers that lie `stride` apart, a packet of them at most, and zeros in
+/// the remaining lanes.
 template <class Scalar, class Source>
 SURFATTN_ALWAYS_INLINE Packet<Scalar> gather(const Source* from, Index stride, Index count) {
   if (stride == 1 && count >= lanes<Scalar>) return load_as<Scalar>(from);
   if constexpr (std::is_same_v<Scalar, Source> && loads_parts<Scalar>) {
-    if (stride == 1) return load_part(from, count);
+    if (stride == 1) return load_part(from, std::max<Index>(count, 0));
   }
   alignas(Arena::alignment) Scalar numbers[lanes<Scalar>] = {};
   for (Index c = 0; c < std::min(count, lanes<Scalar>); ++c) {

@@ -19,10 +19,12 @@ template <class Source>
 class RowsAhead {
  public:
   RowsAhead() = default;
-  RowsAhead(MatrixView<const Source> rows, Index lines)
-      : next_(rows.data), rows_(rows.col_stride == 1 ? rows.rows : 0), lines_(lines) {
+  RowsAhead(MatrixView<const Source> rows, Index lines) : lines_(lines) {
+    if (rows.col_stride != 1 || rows.cols == 0 || rows.rows == 0) return;
     row_ = rows;
-    end_ = rows.data + rows.cols;
+    rows_ = rows.rows;
+    next_ = rows.data;
+    end_ = next_ + rows.cols;
   }
 
   /// How many lines to ask for at each of `steps` steps that are spent on some keys.
