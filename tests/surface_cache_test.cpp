@@ -245,8 +245,8 @@ TEST_CASE("Kernels of the distance act on a surface whose prior is uniform", "[c
   const Matrix<double> keys = Matrix<double>::Random(30, 3), query = Matrix<double>::Random(2, 3);
   Surface<double> surface(3, {.bandwidth = 0.5});
   surface.append(keys);
-  const auto difference = surface.project(query, {}, StudentT{2}) -
-                          project(query, keys, {.bandwidth = 0.5}, StudentT{2});
+  const Matrix<double> expected = project(query, keys, {.bandwidth = 0.5}, StudentT{2}),
+                       difference = surface.project(query, {}, StudentT{2}) - expected;
   CHECK(difference.cwiseAbs().maxCoeff() <= 1e-13);
   surface.append_with_prior(keys, RowVector<double>::Zero(30).transpose());
   CHECK_THROWS_AS(surface.project(query, {}, StudentT{2}), std::invalid_argument);

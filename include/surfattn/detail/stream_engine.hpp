@@ -178,8 +178,9 @@ class StreamTask {
   /// The weights of one run of keys of one key/value head, for all query heads that share it; none
   /// where no query sees a key.
   Coverage weigh(Index head, Index first_key, Index keys, const SoftmaxRows<Accumulator>& outs) {
+    if (rows() == 0 || keys == 0) return Coverage::empty;  // no tile to ask the masks about
     const Coverage coverage = coverage_of_all(head, first_key, keys);
-    if (coverage == Coverage::empty || rows() == 0) return Coverage::empty;
+    if (coverage == Coverage::empty) return coverage;
     score(head, first_key, keys, coverage);
     outs.take_weights(0, rows(), keys, scores(0));
     for (Index member = 0; member < shape_.group(); ++member)
