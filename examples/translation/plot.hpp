@@ -18,15 +18,16 @@ struct Run {
 namespace plot_detail {
 
 struct Quantity {
+  const char* title;
   const char* name;
   double Record::*validation;
   double Record::*training;
 };
 
-inline constexpr Quantity loss{"loss (nats a token)", &Record::validation_loss,
+inline constexpr Quantity loss{"Loss", "loss (nats a token)", &Record::validation_loss,
                                &Record::training_loss};
-inline constexpr Quantity accuracy{"accuracy of the next token", &Record::validation_accuracy,
-                                   &Record::training_accuracy};
+inline constexpr Quantity accuracy{"Accuracy", "accuracy of the next token",
+                                   &Record::validation_accuracy, &Record::training_accuracy};
 
 inline std::vector<double> column(const std::vector<Record>& history, double Record::*number) {
   std::vector<double> values;
@@ -51,15 +52,14 @@ inline examples::Panel panel(const std::vector<Run>& runs, const Quantity& quant
   const std::string colours[] = {examples::colour::blue, examples::colour::vermilion,
                                  examples::colour::green, examples::colour::purple};
   examples::Panel panel;
-  panel.title = std::string(quantity.name) + " against " + x_label;
+  panel.title = quantity.title;
   for (std::size_t i = 0; i < runs.size(); ++i) {
-    const auto add = [&](const std::string& what, double Record::*number, const char* dash) {
-      panel.curves.push_back({runs[i].label + ", " + what, colours[i % 4],
-                              column(runs[i].history, against), column(runs[i].history, number),
-                              1.8, dash});
+    const auto add = [&](const std::string& label, double Record::*number, const char* dash) {
+      panel.curves.push_back({label, colours[i % 4], column(runs[i].history, against),
+                              column(runs[i].history, number), 1.8, dash});
     };
-    add("validation", quantity.validation, "");
-    add("training", quantity.training, "5 4");
+    add(runs[i].label, quantity.validation, "");
+    add("", quantity.training, "5 4");
   }
   panel.x = axis_around(x_label, panel.curves, &examples::Curve::x);
   panel.y = axis_around(quantity.name, panel.curves, &examples::Curve::y);
@@ -75,7 +75,7 @@ inline void plot_runs(const std::vector<Run>& runs, const std::string& file) {
   const std::string seconds = "seconds of one core", epochs = "epochs";
   examples::write_svg(
       file, "English to Spanish: attention in two forms",
-      "validation without dropout, training with it, as it went along",
+      "Solid: validation, without dropout. Dashed: training, with dropout, as it went along.",
       {panel(runs, loss, &Record::epoch, epochs), panel(runs, loss, &Record::seconds, seconds),
        panel(runs, accuracy, &Record::epoch, epochs),
        panel(runs, accuracy, &Record::seconds, seconds)});
