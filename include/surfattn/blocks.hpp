@@ -58,22 +58,33 @@ void require_residual(const Require& require, const X& x, const BlockWeights<Lay
                std::to_string(width) + ", to be added to it");
 }
 
+/// post_norm(x + layer(pre_norm(x))), each part as far as the weights name it, where run(x̂) computes
+/// the layer: something whose `out` is the layer's output.
+template <class X, class Layer, class Run>
+auto around(const Require& require, const X& x, const BlockWeights<Layer>& weights,
+            const Run& run) {
+  using Scalar = typename BlockWeights<Layer>::Scalar;
+  require_residual(require, x, weights);
+  const NormOptions norm{.epsilon = weights.norm_epsilon};
+  Matrix<Scalar> normed = normalize(weights.pre_norm, x, weights.pre_norm_weights, norm);
+  auto layer = run(normed);
+  Matrix<Scalar> sum = layer.out;
+  if (weights.residual) sum += x;
+  Matrix<Scalar> out = normalize(weights.post_norm, sum, weights.post_norm_weights, norm);
+  return BlockForward<decltype(layer)>{std::move(out), std::move(normed), std::move(sum),
+                                       std::move(layer)};
+}
+
 /// `y` is null in self-attention.
 template <class X, class Y, class Layer, class... Terms>
 auto block_forward(const X& x, const Y* y, const BlockWeights<Layer>& weights,
                    const LayerOptions& options, const Terms&... terms) {
   using Scalar = typename BlockWeights<Layer>::Scalar;
   check_inputs_at_compile_time<X, Y, Matrix<Scalar>>();
-  require_residual(Require("block_forward"), x, weights);
-  const NormOptions norm{.epsilon = weights.norm_epsilon};
-  Matrix<Scalar> normed = normalize(weights.pre_norm, x, weights.pre_norm_weights, norm);
-  auto layer = y ? layer_forward(normed, *y, weights.layer, options, terms...)
-                 : layer_forward(normed, normed, weights.layer, options, terms...);
-  Matrix<Scalar> sum = layer.out;
-  if (weights.residual) sum += x;
-  Matrix<Scalar> out = normalize(weights.post_norm, sum, weights.post_norm_weights, norm);
-  return BlockForward<decltype(layer)>{std::move(out), std::move(normed), std::move(sum),
-                                       std::move(layer)};
+  return around(Require("block_forward"), x, weights, [&](const auto& normed) {
+    return y ? layer_forward(normed, *y, weights.layer, options, terms...)
+             : layer_forward(normed, normed, weights.layer, options, terms...);
+  });
 }
 
 template <class X, class Y, class Layer, class LayerForward, class... Terms>

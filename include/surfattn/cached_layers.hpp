@@ -209,16 +209,11 @@ void require_tokens(const Require& require, const char* name, const Input& rows,
   }
 }
 
-/// post_norm(x + attend(pre_norm(x))), each part as far as the weights name it.
-template <class X, class Layer, class Attend>
-auto around(const Require& require, const X& x, const BlockWeights<Layer>& weights,
-            const Attend& attend) {
-  require_residual(require, x, weights);
-  const NormOptions norm{.epsilon = weights.norm_epsilon};
-  auto sum = attend(normalize(weights.pre_norm, x, weights.pre_norm_weights, norm));
-  if (weights.residual) sum += x;
-  return normalize(weights.post_norm, sum, weights.post_norm_weights, norm);
-}
+/// The output of a layer, of which nothing is kept for a backward pass.
+template <class Scalar>
+struct LayerOutput {
+  Matrix<Scalar> out;
+};
 
 }  // namespace detail
 
@@ -300,9 +295,11 @@ Matrix<Scalar> layer_decode(const X& x, const Weights& weights, Surface<Scalar>&
 template <class X, class Layer, class Scalar, class... Terms>
 Matrix<Scalar> block_decode(const X& x, const BlockWeights<Layer>& weights, Surface<Scalar>& cache,
                             const TokenOptions& options = {}, const Terms&... terms) {
-  return detail::around(detail::Require("block_decode"), x, weights, [&](const auto& normed) {
-    return layer_decode(normed, weights.layer, cache, options, terms...);
-  });
+  const auto layer = [&](const Matrix<Scalar>& normed) {
+    return detail::LayerOutput<Scalar>{
+        layer_decode(normed, weights.layer, cache, options, terms...)};
+  };
+  return detail::around(detail::Require("block_decode"), x, weights, layer).out;
 }
 
 /// A block of cross-attention to what the cache of weights.layer holds:
@@ -311,9 +308,11 @@ template <class X, class Layer, class Scalar, class... Terms>
 Matrix<Scalar> block_attend(const X& x, const BlockWeights<Layer>& weights,
                             const Surface<Scalar>& cache, const TokenOptions& options = {},
                             const Terms&... terms) {
-  return detail::around(detail::Require("block_attend"), x, weights, [&](const auto& normed) {
-    return layer_attend(normed, weights.layer, cache, options, terms...);
-  });
+  const auto layer = [&](const Matrix<Scalar>& normed) {
+    return detail::LayerOutput<Scalar>{
+        layer_attend(normed, weights.layer, cache, options, terms...)};
+  };
+  return detail::around(detail::Require("block_attend"), x, weights, layer).out;
 }
 
 }  // namespace surfattn

@@ -126,20 +126,20 @@ CacheShape<Scalar> standard_cache_shape(Index key_width, Index value_width,
   return shape;
 }
 
-/// What a cache holds when it is saved, besides its rows.
-struct CacheContent {
-  Index size = 0;
+/// What a cache knows of its keys, besides their rows.
+struct CacheHistory {
   Index appended = 0;
   bool has_own_priors = false;
 };
 
 template <class Scalar>
-void write_shape(const CacheShape<Scalar>& shape, const CacheContent& content, CheckedWriter& to) {
+void write_shape(const CacheShape<Scalar>& shape, Index size, const CacheHistory& history,
+                 CheckedWriter& to) {
   to.write(CacheMagic<Scalar>{});
   const std::int64_t sizes[] = {
       shape.heads.query,     shape.key_value_heads(), shape.key_width,          shape.value_width,
-      shape.values_are_keys, shape.has_log_prior,     shape.window.value_or(0), content.size,
-      content.appended,      content.has_own_priors};
+      shape.values_are_keys, shape.has_log_prior,     shape.window.value_or(0), size,
+      history.appended,      history.has_own_priors};
   to.write(sizes, std::size(sizes));
   to.write(shape.scale);
   to.write_checksum();
@@ -147,7 +147,8 @@ void write_shape(const CacheShape<Scalar>& shape, const CacheContent& content, C
 
 /// Reads what write_shape wrote, and checks it as if it had been given to a constructor.
 template <class Scalar>
-CacheShape<Scalar> read_shape(CheckedReader& from, const Require& require, CacheContent& content) {
+CacheShape<Scalar> read_shape(CheckedReader& from, const Require& require, Index& size,
+                              CacheHistory& history) {
   if (from.read<CacheMagic<Scalar>>() != CacheMagic<Scalar>{})
     require.fail("the stream is not a saved cache of this scalar type");
   std::int64_t sizes[10] = {};
@@ -160,13 +161,13 @@ CacheShape<Scalar> read_shape(CheckedReader& from, const Require& require, Cache
                            from.read<accumulator_t<Scalar>>(),
                            {}};
   if (sizes[6] != 0) shape.window = sizes[6];
-  content = {sizes[7], sizes[8], sizes[9] != 0};
+  size = sizes[7];
+  history = {sizes[8], sizes[9] != 0};
   from.check_checksum();
   require_cache_sizes(require, shape.key_width, shape.value_width, shape.heads, shape.window, 0);
   require.usable_scale(shape.scale, shape.values_are_keys);
   const bool holds_together =
-      0 <= content.size && content.size <= content.appended &&
-      content.size <= shape.window.value_or(content.size) &&
+      0 <= size && size <= history.appended && size <= shape.window.value_or(size) &&
       (shape.values_are_keys ? shape.value_width == shape.key_width : !shape.has_log_prior);
   if (!holds_together) require.fail("the stream does not hold a cache: its sizes contradict");
   return shape;
@@ -228,7 +229,7 @@ class Surface {
   bool is_empty() const { return size() == 0; }
   /// How many keys were appended since it was made or reset, dropped ones included: the position of
   /// the next one.
-  Index appended() const { return content_.appended; }
+  Index appended() const { return history_.appended; }
   /// How many keys fit into the memory that there is.
   Index capacity() const { return store_.capacity(); }
   std::optional<Index> window() const { return shape_.window; }
@@ -291,7 +292,7 @@ class Surface {
     auto rows = detail::view(weights);
     if (rows.cols == 1) rows.col_stride = 0;
     append_rows(require, keys, nothing(), &rows);
-    content_.has_own_priors = true;
+    history_.has_own_priors = true;
   }
 
   /// Makes room for so many keys in all. Errors: a cache with a window, which has its memory.
@@ -312,13 +313,13 @@ class Surface {
   void drop_back(Index count) {
     require_held(detail::Require("Surface::drop_back"), count);
     store_.drop_back(count);
-    content_.appended -= count;
+    history_.appended -= count;
   }
 
   /// Forgets all keys and keeps the memory.
   void reset() {
     store_.drop_front(size());
-    content_ = {};
+    history_ = {};
   }
 
   /// A cache that holds the same keys and then goes its own way, as for the beams of a beam search.
@@ -329,7 +330,7 @@ class Surface {
   Surface fork(Index capacity = 0) const {
     detail::require_capacity(detail::Require("Surface::fork"), capacity);
     Surface fork(shape_, store_.fork(capacity));
-    fork.content_ = content_;
+    fork.history_ = history_;
     return fork;
   }
 
@@ -338,7 +339,7 @@ class Surface {
   void save(std::ostream& stream) const {
     constexpr detail::Require require("Surface::save");
     detail::CheckedWriter to(stream, require);
-    detail::write_shape(shape_, {size(), content_.appended, content_.has_own_priors}, to);
+    detail::write_shape(shape_, size(), history_, to);
     const Segments segments = store_.segments();
     for (const auto& segment : {segments.first, segments.second}) {
       for (Index j = 0; j < segment.keys.rows; ++j) {
@@ -356,11 +357,12 @@ class Surface {
     constexpr detail::Require require("Surface::restore");
     detail::require_capacity(require, capacity);
     detail::CheckedReader from(stream, require);
-    detail::CacheContent content;
-    const auto shape = detail::read_shape<Scalar>(from, require, content);
-    Surface surface(shape, std::max(content.size, capacity));
-    surface.content_ = content;
-    surface.store_.append(content.size, [&](auto& memory, Index row, Index, Index count) {
+    Index size = 0;
+    detail::CacheHistory history;
+    const auto shape = detail::read_shape<Scalar>(from, require, size, history);
+    Surface surface(shape, std::max(size, capacity));
+    surface.history_ = history;
+    surface.store_.append(size, [&](auto& memory, Index row, Index, Index count) {
       for (Index j = row; j < row + count; ++j) {
         from.read(memory.keys.row(j).data(), memory.keys.cols());
         from.read(memory.values.row(j).data(), memory.values.cols());
@@ -379,7 +381,7 @@ class Surface {
     detail::Operands<Scalar> next;
     next.shape = require.shapes({queries, query_width()}, {keys, shape_.key_width},
                                 {keys, shape_.value_width}, shape_.heads, {});
-    next.log_prior_is_of_norms = shape_.has_log_prior && !content_.has_own_priors;
+    next.log_prior_is_of_norms = log_prior_is_of_norms();
     detail::term_binder(next, require, terms...);
   }
 
@@ -468,10 +470,10 @@ class Surface {
   }
 
   /// f(Q), Tq × (Hq·d): the local-linear projection of local_linear.hpp, of the surface form, with
-  /// ridge λ > 0. Takes masks alone. Allocates the result and a workspace.
-  template <detail::DenseMatrix Queries, class... Masks>
+  /// ridge λ > 0. Takes terms as that does. Allocates the result and a workspace.
+  template <detail::DenseMatrix Queries, class... Terms>
   Matrix<Scalar> local_linear(const Queries& queries, double ridge,
-                              const QueryOptions& options = {}, const Masks&... masks) const {
+                              const QueryOptions& options = {}, const Terms&... terms) const {
     constexpr detail::Require require("Surface::local_linear");
     const detail::Shape shape = checked_shape(require, queries);
     auto out = detail::matrix<Scalar>(shape.out_extent());
@@ -479,7 +481,7 @@ class Surface {
     auto log_sum_exp = detail::matrix<Scalar>(shape.log_sum_exp_extent());
     local_linear_into(queries, ridge, out, projection, log_sum_exp,
                       Workspace(local_linear_workspace_size(shape.queries, options)), options,
-                      masks...);
+                      terms...);
     return out;
   }
 
@@ -487,10 +489,10 @@ class Surface {
   /// computed from, without allocating; `workspace` of local_linear_workspace_size(Tq, options)
   /// bytes.
   template <detail::DenseMatrix Queries, class Out, class Projection, class LogSumExp,
-            class... Masks>
+            class... Terms>
   void local_linear_into(const Queries& queries, double ridge, Out&& out, Projection&& projection,
                          LogSumExp&& log_sum_exp, const Workspace& workspace,
-                         const QueryOptions& options = {}, const Masks&... masks) const {
+                         const QueryOptions& options = {}, const Terms&... terms) const {
     detail::check_outputs_at_compile_time<Scalar, Out, Projection, LogSumExp>();
     constexpr detail::Require require("Surface::local_linear");
     static_assert(std::is_same_v<Scalar, Accumulator>,
@@ -500,7 +502,7 @@ class Surface {
     const auto& q = detail::stored(queries);
     detail::run_local_linear<Scalar>(operands(require, q), usable_ridge, detail::view(out),
                                      detail::view(projection), detail::view(log_sum_exp), workspace,
-                                     options.executor, require, masks...);
+                                     options.executor, require, terms...);
   }
 
   /// Bytes of workspace for local_linear_into, however many keys there are.
@@ -554,7 +556,7 @@ class Surface {
     const Index first = rows - kept;
     store_.reserve(kept, dropped);
     store_.drop_front(dropped);
-    content_.appended += rows;
+    history_.appended += rows;
     store_.append(kept, [&](auto& memory, Index row, Index n, Index count) {
       memory.keys.middleRows(row, count) = k.middleRows(first + n, count);
       if (!shape_.values_are_keys)
@@ -589,6 +591,7 @@ class Surface {
     return all;
   }
 
+  bool log_prior_is_of_norms() const { return shape_.has_log_prior && !history_.has_own_priors; }
   Index query_width() const { return shape_.heads.query * shape_.head_dim(); }
   detail::Extent keys_extent() const { return {size(), shape_.key_width}; }
   detail::Extent values_extent() const { return {size(), shape_.value_width}; }
@@ -628,7 +631,7 @@ class Surface {
     operands.values_are_keys = shape_.values_are_keys;
     operands.scale = shape_.scale;
     if (shape_.has_log_prior) operands.query_norm_weight = -shape_.scale / 2;
-    operands.log_prior_is_of_norms = shape_.has_log_prior && !content_.has_own_priors;
+    operands.log_prior_is_of_norms = log_prior_is_of_norms();
     return operands;
   }
 
@@ -654,7 +657,7 @@ class Surface {
 
   detail::CacheShape<Scalar> shape_;
   detail::KeyStore<Scalar> store_;
-  detail::CacheContent content_;  ///< but its size, which the store knows
+  detail::CacheHistory history_;
 };
 
 }  // namespace surfattn
