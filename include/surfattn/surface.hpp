@@ -57,15 +57,6 @@ Operands<scalar_t<Queries>> surface_operands(const Queries& queries, const Keys&
   return operands;
 }
 
-/// ‖row − origin‖².
-template <class Scalar>
-accumulator_t<Scalar> squared_distance(MatrixView<const Scalar> row,
-                                       MatrixView<const Scalar> origin) {
-  accumulator_t<Scalar> distance(0);
-  simd::squared_distances(row, origin, &distance);
-  return distance;
-}
-
 /// dβ of one key/value head. S_ij = β·q_i·k_j − (β/2)(‖q_i‖² + ‖k_j‖²) does not change when all
 /// points move by the same m, so, with r_i = Σ_j dS_ij, which is 0 unless modifiers or sinks act or
 /// the loss depends on log_sum_exp,
@@ -95,16 +86,13 @@ accumulator_t<Scalar> scale_gradient(const Operands<Scalar>& operands, Index hea
     const auto grad =
         grad_queries.block_cols(member * operands.shape.head_dim, operands.shape.head_dim);
     of_queries += simd::sum_of_products<Accumulator>(grad, operands.query_head(member), origin);
-    for (Index i = 0; has_norms && !row_sums.are_zero() && i < grad.rows; ++i) {
-      const Accumulator sum = row_sums.of(member, i);
-      if (sum == Accumulator(0)) continue;  // took no part, whatever the query holds
-      of_norms -= sum * squared_distance(operands.query_head(member).block_rows(i, 1), origin);
-    }
+    if (!has_norms || row_sums.are_zero()) continue;
+    of_norms -= simd::sum_of_squared_distances<Accumulator>(
+        operands.query_head(member), origin, [&](Index i) { return row_sums.of(member, i); });
   }
-  for (Index j = first; has_norms && j < keys.rows; ++j) {
-    if (!took_part(j)) continue;
-    of_norms += static_cast<Accumulator>(grad_key_bias(j, head)) *
-                squared_distance(keys.block_rows(j, 1), origin);
+  if (has_norms) {
+    of_norms += simd::sum_of_squared_distances<Accumulator>(
+        keys, origin, [&](Index j) { return grad_key_bias(j, head); });
   }
   return of_queries / operands.scale - of_norms / 2;
 }

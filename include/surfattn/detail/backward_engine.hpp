@@ -253,12 +253,13 @@ class BackwardTask {
   /// finite number in its place gives it weights exp(−∞) = 0.
   void load_row_statistics(const Tile& tile, MatrixView<const Scalar> grad_out,
                            MatrixView<const Scalar> out) {
+    offsets_beside_scores<Terms>(operands_, tile.head, tile.first_query, tile.queries,
+                                 buffers_.log_sum_exp);
     for (Index i = 0; i < tile.queries; ++i) {
       const auto log_sum_exp =
           static_cast<Accumulator>(upstream_.log_sum_exp(tile.first_query + i, tile.head));
       const bool sees_a_key = log_sum_exp != simd::minus_infinity<Accumulator>;
-      const Accumulator offset =
-          offset_beside_scores<Terms>(operands_, tile.head, tile.first_query + i);
+      const Accumulator offset = buffers_.log_sum_exp[i];
       buffers_.log_sum_exp[i] =
           sees_a_key ? (log_sum_exp - offset) * simd::log2_e<Accumulator> : Accumulator(0);
     }
@@ -372,9 +373,12 @@ class BackwardTask {
     const auto rows = key_rows(n);
     for (Index j = 0; j < rows.rows; ++j) {
       if (tile.grad_key_bias[j] == Accumulator(0)) continue;
-      const Accumulator factor = 2 * operands_.key_norm_weight * tile.grad_key_bias[j];
+      const auto factor = simd::broadcast(2 * operands_.key_norm_weight * tile.grad_key_bias[j]);
       Accumulator* row = tile.grad_keys + j * buffers_.key_stride;
-      for (Index c = 0; c < rows.cols; ++c) row[c] += factor * static_cast<Accumulator>(rows(j, c));
+      for (Index c = 0; c < rows.cols; c += simd::lanes<Accumulator>) {
+        simd::store(row + c, simd::add(simd::load(row + c),
+                                       simd::row_elements<Accumulator>(rows, j, c, factor)));
+      }
     }
   }
 

@@ -61,16 +61,23 @@ void score_tile(const Tile& tile, Index head_dim, const simd::ColumnsOperand<Ele
                              {keys, depth * simd::panel_width<Element>}, scores, bias, factor);
 }
 
-/// query_norm_weight·‖q_i‖², what a query adds to its log-sum-exp. Never inlined, where compilers would
-/// fuse the product with the sum, or not, differently for different terms.
+/// query_norm_weight·‖q_i‖², what a query adds to its log-sum-exp, for `count` queries from `first` on.
+/// Never inlined, where compilers would fuse the product with the sum, or not, differently for
+/// different terms.
 template <class Scalar>
-SURFATTN_NEVER_INLINE accumulator_t<Scalar> query_offset(const Operands<Scalar>& operands,
-                                                         Index head, Index query) {
-  accumulator_t<Scalar> norm(0);
-  if (operands.query_norm_weight != accumulator_t<Scalar>(0)) {
-    simd::squared_norms(operands.query_head(head).block_rows(query, 1), &norm);
-  }
-  return operands.query_norm_weight * norm;
+SURFATTN_NEVER_INLINE void query_offsets(const Operands<Scalar>& operands, Index head, Index first,
+                                         Index count, accumulator_t<Scalar>* to) {
+  std::fill(to, to + count, accumulator_t<Scalar>(0));
+  if (operands.query_norm_weight == accumulator_t<Scalar>(0)) return;
+  simd::squared_norms(operands.query_head(head).block_rows(first, count), to);
+  for (Index i = 0; i < count; ++i) to[i] *= operands.query_norm_weight;
+}
+
+template <class Scalar>
+accumulator_t<Scalar> query_offset(const Operands<Scalar>& operands, Index head, Index query) {
+  accumulator_t<Scalar> offset;
+  query_offsets(operands, head, query, 1, &offset);
+  return offset;
 }
 
 /// Raw scores → modified ones. Modifiers and sinks see the whole raw score, with the norm of the query
@@ -99,15 +106,24 @@ void finish_scores(const Operands<Scalar>& operands, const Terms& terms, const T
   if constexpr (Terms::has_biases) terms.add_biases(tile, scores);
 }
 
-/// query_norm_weight·‖q_i‖² where the scores of the softmax do not hold it.
+/// query_norm_weight·‖q_i‖² where the scores of the softmax do not hold it, and else 0, for `count`
+/// queries from `first` on.
+template <class Terms, class Scalar>
+void offsets_beside_scores(const Operands<Scalar>& operands, Index head, Index first, Index count,
+                           accumulator_t<Scalar>* to) {
+  if constexpr (Terms::needs_whole_scores) {
+    std::fill(to, to + count, accumulator_t<Scalar>(0));
+  } else {
+    query_offsets(operands, head, first, count, to);
+  }
+}
+
 template <class Terms, class Scalar>
 accumulator_t<Scalar> offset_beside_scores(const Operands<Scalar>& operands, Index head,
                                            Index query) {
-  if constexpr (Terms::needs_whole_scores) {
-    return accumulator_t<Scalar>(0);
-  } else {
-    return query_offset(operands, head, query);
-  }
+  accumulator_t<Scalar> offset;
+  offsets_beside_scores<Terms>(operands, head, query, 1, &offset);
+  return offset;
 }
 
 /// Rows of an input, times `factor`, as a right operand.

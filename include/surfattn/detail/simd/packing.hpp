@@ -240,7 +240,8 @@ void write_row(const Scalar* from, Scalar factor, MatrixView<Result> to, Index r
   }
 }
 
-/// a·b for `Rows` rows of both, from `first` on, into to[first], …
+/// a·b for `Rows` rows of both, from `first` on, into to[first], …: the same bits for 4 rows at once as
+/// for each of them.
 template <int Rows, class Scalar, class Source>
 SURFATTN_ALWAYS_INLINE void row_products(MatrixView<const Source> a, MatrixView<const Source> b,
                                          Index first, Scalar* to) {
@@ -268,7 +269,10 @@ SURFATTN_ALWAYS_INLINE void row_products(MatrixView<const Source> a, MatrixView<
   if constexpr (Rows == 4) {
     store_sums(to + first, products[0], products[1], products[2], products[3]);
   } else {
-    for (int i = 0; i < Rows; ++i) to[first + i] = sum(products[i]);
+    static_assert(Rows == 1);
+    Scalar sums[4];
+    store_sums(sums, products[0], products[0], products[0], products[0]);
+    to[first] = sums[0];
   }
 }
 
@@ -299,11 +303,15 @@ Scalar sum_of_products(MatrixView<const Scalar> a, MatrixView<const Source> b,
   return sum(total);
 }
 
-/// ‖row − origin‖² of each row of `source`; `origin` is one row.
-template <class Scalar, class Source>
-void squared_distances(MatrixView<const Source> source, MatrixView<const Source> origin,
-                       Scalar* to) {
+/// Σ_i weight(i)·‖row i − origin‖² over the rows of `source` whose weight is not 0; `origin` is one
+/// row.
+template <class Scalar, class Source, class Weight>
+Scalar sum_of_squared_distances(MatrixView<const Source> source, MatrixView<const Source> origin,
+                                const Weight& weight) {
+  auto total = broadcast(Scalar(0));
   for (Index i = 0; i < source.rows; ++i) {
+    const Scalar factor = weight(i);
+    if (factor == Scalar(0)) continue;
     auto squares = broadcast(Scalar(0));
     for (Index c = 0; c < source.cols; c += lanes<Scalar>) {
       const auto difference =
@@ -311,8 +319,9 @@ void squared_distances(MatrixView<const Source> source, MatrixView<const Source>
                    gather<Scalar>(&origin(0, c), origin.col_stride, source.cols - c));
       squares = multiply_add(difference, difference, squares);
     }
-    to[i] = sum(squares);
+    total = multiply_add(broadcast(factor), squares, total);
   }
+  return sum(total);
 }
 
 /// ‖row‖² of each row of `source`.
