@@ -27,6 +27,16 @@ SURFATTN_ALWAYS_INLINE Packet<Scalar> broadcast(Scalar value) {
   return Eigen::internal::pset1<Packet<Scalar>>(value);
 }
 
+/// Whether `broadcast` of a number in memory costs more than a load: SSE shuffles it afterwards, in
+/// units that multiply and add.
+template <class Scalar>
+inline constexpr bool broadcasts_by_shuffling =
+#if defined(EIGEN_VECTORIZE_SSE) && !defined(EIGEN_VECTORIZE_AVX)
+    lanes<Scalar> != 1;
+#else
+    false;
+#endif
+
 /// From an address aligned to the packet's size.
 template <class Scalar>
 SURFATTN_ALWAYS_INLINE Packet<Scalar> load(const Scalar* from) {

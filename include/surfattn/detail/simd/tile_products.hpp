@@ -41,8 +41,8 @@ struct RowsOperand {
   Index stride;
 
   const Scalar* from(Index row) const { return data + row * stride; }
-  Index row_stride() const { return stride; }
   static constexpr Index depth_stride() { return 1; }
+  auto factor(const Scalar* step, int row) const { return broadcast(step[row * stride]); }
 };
 
 /// A, column by column, in panels of `left_width` rows: row i % left_width of panel i / left_width
@@ -57,8 +57,41 @@ struct ColumnsOperand {
   const Scalar* from(Index row) const {
     return data + row / left_width<Scalar> * panel_stride + row % left_width<Scalar>;
   }
-  static constexpr Index row_stride() { return 1; }
   Index depth_stride() const { return stride; }
+  auto factor(const Scalar* step, int row) const { return broadcast(step[row]); }
+};
+
+/// Steps along the depth for which a left operand is spread at a time: what it then takes, 12 KiB,
+/// stays in a first-level cache beside a panel.
+inline constexpr Index spread_depth = 128;
+
+/// `Rows` rows of A, each number spread over a packet: element (i, k) is the packet at data +
+/// (k·Rows + i)·lanes.
+template <int Rows, class Scalar>
+struct SpreadOperand {
+  const Scalar* data;
+
+  const Scalar* from(Index) const { return data; }
+  static constexpr Index depth_stride() { return Rows * lanes<Scalar>; }
+  auto factor(const Scalar* step, int row) const {
+    return in_register(load(step + row * lanes<Scalar>));
+  }
+};
+
+/// The same numbers as `Left`, which it spreads to `to` in the order in which they are asked for.
+template <class Left, class Scalar>
+struct SpreadingOperand {
+  const Left& left;
+  Scalar* to;
+
+  const Scalar* from(Index row) const { return left.from(row); }
+  Index depth_stride() const { return left.depth_stride(); }
+  auto factor(const Scalar* step, int row) {
+    const auto packet = left.factor(step, row);
+    store(to, packet);
+    to += lanes<Scalar>;
+    return packet;
+  }
 };
 
 /// B, cut into panels of `panel_width` columns: row k of panel p is contiguous at data +
@@ -139,16 +172,17 @@ struct Accumulators {
 
   /// at += a·b over the whole depth, for the rows of A from `a` on.
   template <class Left>
-  SURFATTN_ALWAYS_INLINE void add_product(Index depth, const Left& left, const Element* a,
+  SURFATTN_ALWAYS_INLINE void add_product(Index depth, Left left, const Element* a,
                                           const Element* b, Index b_stride) {
     using Operand = decltype(load_unaligned(b));
-    for (Index k = 0; k < depth; ++k, a += left.depth_stride(), b += b_stride) {
+    for (const Element* const end = a + depth * left.depth_stride(); a != end;
+         a += left.depth_stride(), b += b_stride) {
       Operand row[panel_packets];
       SURFATTN_UNROLL
       for (int p = 0; p < panel_packets; ++p) row[p] = load_unaligned(b + p * lanes<Element>);
       SURFATTN_UNROLL
       for (int i = 0; i < Rows; ++i) {
-        const auto factor = broadcast(a[i * left.row_stride()]);
+        auto factor = left.factor(a, i);
         SURFATTN_UNROLL
         for (int p = 0; p < panel_packets; ++p) at[i][p] = multiply_add(factor, row[p], at[i][p]);
       }
@@ -185,18 +219,37 @@ SURFATTN_ALWAYS_INLINE void panel_rows(Index row, Index depth, const Left& a, Pa
   accumulators.store_to(c);
 }
 
-/// Goes down the rows of one panel, from `row` on, in steps of `Rows`, and what remains in steps of
-/// half as many.
+/// `Rows` rows, from `row` on, of all panels: the first spreads the numbers of A for the others.
 template <int Rows, Store store, class Left, class Element>
-SURFATTN_ALWAYS_INLINE void panel(Index row, Index rows, Index depth, const Left& a,
+SURFATTN_ALWAYS_INLINE void spread_rows(Index row, Index cols, Index depth, const Left& a,
+                                        Panels<Element> b, Tile<Element> c,
+                                        Finish<Element> finish) {
+  alignas(64) Element spread[spread_depth * Rows * lanes<Element>];
+  panel_rows<Rows, store>(row, depth, SpreadingOperand<Left, Element>{a, spread}, b, c, finish);
+  for (Index first = panel_width<Element>; first < cols; first += panel_width<Element>) {
+    b.data += b.panel_stride;
+    c.data += panel_width<Element>;
+    if (finish.bias) finish.bias += panel_width<Element>;
+    panel_rows<Rows, store>(row, depth, SpreadOperand<Rows, Element>{spread}, b, c, finish);
+  }
+}
+
+/// Goes down the rows of one panel, or, where A is spread, of all panels, from `row` on in steps of
+/// `Rows`, and what remains in steps of half as many.
+template <int Rows, Store store, class Left, class Element>
+SURFATTN_ALWAYS_INLINE void panel(Index row, Index rows, Index cols, Index depth, const Left& a,
                                   Panels<Element> b, Tile<sum_t<Element>> c,
                                   Finish<Element> finish) {
   for (; row + Rows <= rows; row += Rows) {
-    if constexpr (store == Store::add) prefetch_accumulators<Rows>(c.from(row + Rows));
-    panel_rows<Rows, store>(row, depth, a, b, c, finish);
+    if constexpr (broadcasts_by_shuffling<Element>) {
+      spread_rows<Rows, store>(row, cols, depth, a, b, c, finish);
+    } else {
+      if constexpr (store == Store::add) prefetch_accumulators<Rows>(c.from(row + Rows));
+      panel_rows<Rows, store>(row, depth, a, b, c, finish);
+    }
   }
   if constexpr (Rows > 1) {
-    if (row < rows) panel<Rows / 2, store>(row, rows, depth, a, b, c, finish);
+    if (row < rows) panel<Rows / 2, store>(row, rows, cols, depth, a, b, c, finish);
   }
 }
 
@@ -204,8 +257,18 @@ template <Store store, class Left, class Element>
 SURFATTN_NEVER_INLINE void product(Index rows, Index cols, Index depth, const Left& a,
                                    Panels<Element> b, Tile<sum_t<Element>> c,
                                    Finish<Element> finish = {}) {
+  if constexpr (broadcasts_by_shuffling<Element>) {
+    const Index steps = std::min(depth, spread_depth);
+    panel<kernel_rows, store>(0, rows, cols, steps, a, b, c, finish);
+    if (steps == depth) return;
+    Left rest = a;
+    rest.data += steps * a.depth_stride();
+    b.data += steps * b.row_stride;
+    product<Store::add, Left, Element>(rows, cols, depth - steps, rest, b, c);
+    return;
+  }
   for (Index first = 0; first < cols; first += panel_width<Element>) {
-    panel<kernel_rows, store>(0, rows, depth, a, b, c, finish);
+    panel<kernel_rows, store>(0, rows, panel_width<Element>, depth, a, b, c, finish);
     b.data += b.panel_stride;
     c.data += panel_width<Element>;
     if (finish.bias) finish.bias += panel_width<Element>;
