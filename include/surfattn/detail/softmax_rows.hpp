@@ -45,13 +45,15 @@ struct SoftmaxRows {
   /// get weight 0.
   void take_weights(Index row, Index rows, Index keys, simd::Tile<Accumulator> scores) const {
     const Index padded_keys = simd::padded<Accumulator>(keys);
-    for (Index i = 0; i < rows; ++i) {
-      Accumulator* score_row = scores.data + i * scores.row_stride;
-      softmax.raise(row + i, simd::pad_and_find_maximum(score_row, keys), out + (row + i) * stride,
-                    stride);
-    }
-    for (Index i = 0; i < rows; ++i) {
-      softmax.weigh(row + i, scores.data + i * scores.row_stride, padded_keys);
+    // A few rows at a time: they stay in the first-level cache for both passes, and their maxima do
+    // not wait for each other.
+    for (Index first = 0, end; first < rows; first = end) {
+      end = std::min<Index>(first + 4, rows);
+      for (Index i = first; i < end; ++i) {
+        softmax.raise(row + i, simd::pad_and_find_maximum(scores.from(i).data, keys),
+                      out + (row + i) * stride, stride);
+      }
+      for (Index i = first; i < end; ++i) softmax.weigh(row + i, scores.from(i).data, padded_keys);
     }
   }
 

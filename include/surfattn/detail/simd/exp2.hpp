@@ -18,27 +18,31 @@ inline constexpr Scalar log2_e = Scalar(1.44269504088896340735992468100189214L);
 template <class Scalar>
 inline constexpr Scalar ln_2 = Scalar(0.693147180559945309417232121458176568L);
 
-/// The coefficients of r, r², … in the polynomial 1 + … that is 2ʳ for |r| ≤ ½: of least relative
-/// error for double, 1.8·10⁻¹⁷ (found by Remez' algorithm); for float, where 2⁻²⁴ is 6·10⁻⁸, of
-/// least error when evaluated in float, 10⁻⁷ before rounding (Remez' for that degree, then a search
-/// among the floats nearby).
-template <class Scalar>
+/// The coefficients of r, r², … in the polynomial 1 + … that is 2ʳ for |r| ≤ 1/(2·exp2_steps), by
+/// Remez' algorithm: for double of least relative error, 1.8·10⁻¹⁷ without a table and 7.1·10⁻¹⁸ with
+/// one; for float, where 2⁻²⁴ is 6·10⁻⁸, of least error when evaluated in float, 10⁻⁷ before rounding
+/// (a search among the floats nearby).
+template <class Scalar, int steps = exp2_steps<Scalar>>
 inline constexpr Scalar exp2_polynomial[] = {};
 template <>
-inline constexpr float exp2_polynomial<float>[] = {
+inline constexpr float exp2_polynomial<float, 1>[] = {
     6.931470037e-01f, 2.402226031e-01f, 5.550718680e-02f, 9.670581669e-03f, 1.326440135e-03f};
 template <>
-inline constexpr double exp2_polynomial<double>[] = {
+inline constexpr double exp2_polynomial<double, 1>[] = {
     6.93147180559945730316e-1, 2.40226506959100971628e-1, 5.55041086647903927909e-2,
     9.61812910760700273682e-3, 1.33335581534400134281e-3, 1.54035304415722594648e-4,
     1.52527273851524195690e-5, 1.32154426752670153164e-6, 1.01806476748837103971e-7,
     7.07257042305957473957e-9, 4.07806977803878487017e-10};
+template <>
+inline constexpr double exp2_polynomial<double, 16>[] = {
+    6.93147180559946888661e-1, 2.40226506959101670311e-1, 5.55041086519545801776e-2,
+    9.61812910205344514350e-3, 1.33338202329091338943e-3, 1.54042117284551468903e-4};
 
 /// The integer that `exp2` takes from the exponents, at most `exp2_origin_limit` in magnitude.
 ///
-/// Adding 1.5·2^(digits − 1) to a number rounds it to an integer that stands in its low bits. The
-/// origin and the bias of the exponent go into the same addend, so that taking the origin away costs
-/// nothing.
+/// Adding 1.5·2^(digits − 1)/steps to a number rounds it to a multiple of 1/steps that stands in its
+/// low bits. The origin and the bias of the exponent go into the same addend, so that taking the origin
+/// away costs nothing.
 template <class Scalar>
 struct Exp2Origin {
   Packet<Scalar> addend;
@@ -47,7 +51,8 @@ struct Exp2Origin {
   SURFATTN_ALWAYS_INLINE explicit Exp2Origin(Scalar origin) {
     using Limits = std::numeric_limits<Scalar>;
     constexpr Scalar bias = Scalar(Limits::max_exponent - 1);
-    constexpr Scalar rounding = Scalar(3) * Scalar(std::uint64_t(1) << (Limits::digits - 2));
+    constexpr Scalar rounding =
+        Scalar(3) * Scalar(std::uint64_t(1) << (Limits::digits - 2)) / exp2_steps<Scalar>;
     addend = broadcast(lanes<Scalar> == 1 ? -origin : rounding + bias - origin);
     smallest = broadcast(origin - bias);
   }
@@ -55,17 +60,17 @@ struct Exp2Origin {
 
 /// Up to here the addend of an Exp2Origin is exact.
 template <class Scalar>
-inline constexpr Scalar exp2_origin_limit = Scalar(std::uint64_t(1)
-                                                   << (std::numeric_limits<Scalar>::digits - 3));
+inline constexpr Scalar exp2_origin_limit =
+    Scalar(std::uint64_t(1) << (std::numeric_limits<Scalar>::digits - 3)) / exp2_steps<Scalar>;
 
 /// 2^(x − origin) for x − origin ≤ 127 (float) or 1023 (double): a softmax takes it of scores, less
 /// a number that none of them passes.
 ///
-/// x = n + r with n an integer and |r| ≤ ½, exactly; a polynomial in r; times 2^(n − origin), whose
-/// bits are n − origin in the exponent. At most 2 ulp (2.5 in float where the target does not fuse
-/// products and sums) where x − origin is −126 (float) or −1022 (double) or more; where n − origin is one less, or would be, those bits spell 0, so that smaller
-/// arguments and −∞ give exactly 0: a masked weight is exactly 0. 2⁰ is exactly 1, and NaN gives
-/// NaN. Where the target has no vectors, std::exp2.
+/// x = n + r with n a multiple of 1/steps, exactly, and |r| ≤ 1/(2·steps); a polynomial in r; times
+/// 2^(n − origin), by its bits. At most 2 ulp (2.5 in float where the target does not fuse products and
+/// sums) where x − origin is −126 (float) or −1022 (double) or more. Down to one less the result is
+/// smaller than the smallest normal number, or 0, and below that exactly 0, for −∞ too: a masked weight
+/// is exactly 0. 2⁰ is exactly 1, and NaN gives NaN. Where the target has no vectors, std::exp2.
 ///
 /// Takes several packets at once, and each step for all of them before the next: the steps of one
 /// packet wait for each other, those of different packets do not.
@@ -92,7 +97,7 @@ SURFATTN_ALWAYS_INLINE void exp2(Packet<Scalar> (&x)[Count], const Exp2Origin<Sc
       for (int i = 0; i < Count; ++i) y[i] = multiply_add(y[i], x[i], coefficient);
     }
     SURFATTN_UNROLL
-    for (int i = 0; i < Count; ++i) x[i] = multiply(y[i], power_of_two<Scalar>(biased[i]));
+    for (int i = 0; i < Count; ++i) x[i] = multiply(y[i], stepped_power_of_two<Scalar>(biased[i]));
   }
 }
 

@@ -286,6 +286,61 @@ SURFATTN_ALWAYS_INLINE Packet<Scalar> power_of_two(Packet<Scalar> biased) {
   return __builtin_bit_cast(Packet<Scalar>, __builtin_bit_cast(Integers, biased) << fraction_bits);
 }
 
+/// Into how many steps `stepped_power_of_two` divides an octave: as many as a table that one
+/// instruction looks up has entries, where that makes a polynomial shorter.
+template <class Scalar>
+inline constexpr int exp2_steps = 1;
+
+/// 2ⁿ for multiples n of 1/steps, of which `biased` holds steps·(n + exponent_bias) in its low bits.
+template <class Scalar>
+SURFATTN_ALWAYS_INLINE Packet<Scalar> stepped_power_of_two(Packet<Scalar> biased) {
+  return power_of_two<Scalar>(biased);
+}
+
+#if defined(EIGEN_VECTORIZE_AVX512)
+
+template <>
+inline constexpr int exp2_steps<double> = 16;
+
+/// The fractions of 2^(k/16), less k/16: the shifted bits bring that along with the exponent.
+struct alignas(64) StepFractions {
+  std::uint64_t bits[16];
+
+  constexpr StepFractions() : bits{} {
+    constexpr double powers[] = {1.0,
+                                 1.0442737824274138,
+                                 1.0905077326652577,
+                                 1.1387886347566916,
+                                 1.189207115002721,
+                                 1.241857812073484,
+                                 1.2968395546510096,
+                                 1.3542555469368927,
+                                 1.4142135623730951,
+                                 1.4768261459394993,
+                                 1.5422108254079407,
+                                 1.6104903319492543,
+                                 1.681792830507429,
+                                 1.7562521603732995,
+                                 1.8340080864093424,
+                                 1.9152065613971474};
+    constexpr auto one = __builtin_bit_cast(std::uint64_t, 1.0);
+    for (std::uint64_t k = 0; k < 16; ++k)
+      bits[k] = __builtin_bit_cast(std::uint64_t, powers[k]) - one - (k << 48);
+  }
+};
+inline constexpr StepFractions step_fractions;
+
+template <>
+SURFATTN_ALWAYS_INLINE Packet<double> stepped_power_of_two<double>(Packet<double> biased) {
+  const __m512i steps = __builtin_bit_cast(__m512i, biased);
+  const __m512i fraction = _mm512_permutex2var_epi64(_mm512_load_si512(step_fractions.bits), steps,
+                                                     _mm512_load_si512(step_fractions.bits + 8));
+  return __builtin_bit_cast(Packet<double>,
+                            _mm512_add_epi64(fraction, _mm512_slli_epi64(steps, 48)));
+}
+
+#endif
+
 /// Two bfloat16 side by side, neighbours along the depth of a product: what the dot instructions of
 /// some targets take, which add both products to one float.
 struct BFloat16Pair {
