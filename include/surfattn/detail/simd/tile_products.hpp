@@ -258,6 +258,7 @@ SURFATTN_NEVER_INLINE void product(Index rows, Index cols, Index depth, const Le
                                    Panels<Element> b, Tile<sum_t<Element>> c,
                                    Finish<Element> finish = {}) {
   if constexpr (broadcasts_by_shuffling<Element>) {
+    if (cols == 0) return;
     const Index steps = std::min(depth, spread_depth);
     panel<kernel_rows, store>(0, rows, cols, steps, a, b, c, finish);
     if (steps == depth) return;
