@@ -42,7 +42,9 @@ struct RowsOperand {
 
   const Scalar* from(Index row) const { return data + row * stride; }
   static constexpr Index depth_stride() { return 1; }
-  auto factor(const Scalar* step, int row) const { return broadcast(step[row * stride]); }
+  SURFATTN_ALWAYS_INLINE auto factor(const Scalar* step, int row) const {
+    return broadcast(step[row * stride]);
+  }
 };
 
 /// A, column by column, in panels of `left_width` rows: row i % left_width of panel i / left_width
@@ -58,7 +60,9 @@ struct ColumnsOperand {
     return data + row / left_width<Scalar> * panel_stride + row % left_width<Scalar>;
   }
   Index depth_stride() const { return stride; }
-  auto factor(const Scalar* step, int row) const { return broadcast(step[row]); }
+  SURFATTN_ALWAYS_INLINE auto factor(const Scalar* step, int row) const {
+    return broadcast(step[row]);
+  }
 };
 
 /// Steps along the depth for which a left operand is spread at a time: what it then takes, 12 KiB,
@@ -73,7 +77,7 @@ struct SpreadOperand {
 
   const Scalar* from(Index) const { return data; }
   static constexpr Index depth_stride() { return Rows * lanes<Scalar>; }
-  auto factor(const Scalar* step, int row) const {
+  SURFATTN_ALWAYS_INLINE auto factor(const Scalar* step, int row) const {
     return in_register(load(step + row * lanes<Scalar>));
   }
 };
@@ -86,7 +90,7 @@ struct SpreadingOperand {
 
   const Scalar* from(Index row) const { return left.from(row); }
   Index depth_stride() const { return left.depth_stride(); }
-  auto factor(const Scalar* step, int row) {
+  SURFATTN_ALWAYS_INLINE auto factor(const Scalar* step, int row) {
     const auto packet = left.factor(step, row);
     store(to, packet);
     to += lanes<Scalar>;
@@ -182,7 +186,7 @@ struct Accumulators {
       for (int p = 0; p < panel_packets; ++p) row[p] = load_unaligned(b + p * lanes<Element>);
       SURFATTN_UNROLL
       for (int i = 0; i < Rows; ++i) {
-        auto factor = left.factor(a, i);
+        const auto factor = left.factor(a, i);
         SURFATTN_UNROLL
         for (int p = 0; p < panel_packets; ++p) at[i][p] = multiply_add(factor, row[p], at[i][p]);
       }
