@@ -249,20 +249,11 @@ class BackwardTask {
               Accumulator(0));
   }
 
-  /// log Σ_j exp S_ij, in units of ln 2, and D_i = dO_i·O_i − dL_i. A row that saw no key has L = −∞; any
-  /// finite number in its place gives it weights exp(−∞) = 0.
+  /// log Σ_j exp S_ij, in units of ln 2, and D_i = dO_i·O_i − dL_i.
   void load_row_statistics(const Tile& tile, MatrixView<const Scalar> grad_out,
                            MatrixView<const Scalar> out) {
-    offsets_beside_scores<Terms>(operands_, tile.head, tile.first_query, tile.queries,
-                                 buffers_.log_sum_exp);
-    for (Index i = 0; i < tile.queries; ++i) {
-      const auto log_sum_exp =
-          static_cast<Accumulator>(upstream_.log_sum_exp(tile.first_query + i, tile.head));
-      const bool sees_a_key = log_sum_exp != simd::minus_infinity<Accumulator>;
-      const Accumulator offset = buffers_.log_sum_exp[i];
-      buffers_.log_sum_exp[i] =
-          sees_a_key ? (log_sum_exp - offset) * simd::log2_e<Accumulator> : Accumulator(0);
-    }
+    load_log_sum_exp<Terms>(operands_, upstream_.log_sum_exp, tile.head, tile.first_query,
+                            tile.queries, buffers_.log_sum_exp);
     simd::row_products(grad_out, out, buffers_.delta);
     for (Index i = 0; upstream_.grad_log_sum_exp && i < tile.queries; ++i)
       buffers_.delta[i] -= upstream_.grad_log_sum_exp_of(tile.first_query + i, tile.head);

@@ -73,6 +73,7 @@ SURFATTN_NEVER_INLINE void query_offsets(const Operands<Scalar>& operands, Index
   for (Index i = 0; i < count; ++i) to[i] *= operands.query_norm_weight;
 }
 
+/// The same for one query.
 template <class Scalar>
 accumulator_t<Scalar> query_offset(const Operands<Scalar>& operands, Index head, Index query) {
   accumulator_t<Scalar> offset;
@@ -118,12 +119,29 @@ void offsets_beside_scores(const Operands<Scalar>& operands, Index head, Index f
   }
 }
 
+/// The same for one query.
 template <class Terms, class Scalar>
 accumulator_t<Scalar> offset_beside_scores(const Operands<Scalar>& operands, Index head,
                                            Index query) {
   accumulator_t<Scalar> offset;
   offsets_beside_scores<Terms>(operands, head, query, 1, &offset);
   return offset;
+}
+
+/// log Σ_j exp S_ij of the scores that a pass forms again, in units of ln 2, for `count` queries from
+/// `first` on, where `log_sum_exp` is what the forward pass wrote. A row that saw no key has −∞ there;
+/// any finite number in its place gives it weights exp(−∞) = 0.
+template <class Terms, class Scalar>
+void load_log_sum_exp(const Operands<Scalar>& operands,
+                      MatrixView<const accumulator_t<Scalar>> log_sum_exp, Index head, Index first,
+                      Index count, accumulator_t<Scalar>* to) {
+  using Accumulator = accumulator_t<Scalar>;
+  offsets_beside_scores<Terms>(operands, head, first, count, to);
+  for (Index i = 0; i < count; ++i) {
+    const Accumulator written = log_sum_exp(first + i, head);
+    const bool sees_a_key = written != simd::minus_infinity<Accumulator>;
+    to[i] = sees_a_key ? (written - to[i]) * simd::log2_e<Accumulator> : Accumulator(0);
+  }
 }
 
 /// Rows of an input, times `factor`, as a right operand.

@@ -41,20 +41,13 @@ class WeightTiles {
               MatrixView<const Scalar> log_sum_exp, const WeightBuffers<Accumulator>& buffers)
       : operands_(operands), terms_(terms), log_sum_exp_(log_sum_exp), buffers_(buffers) {}
 
-  /// Loads a run of queries. One that saw no key has L = −∞; any finite number in its place gives it
-  /// weights exp(−∞) = 0.
+  /// Loads a run of queries.
   void load_queries(Index head, Index first, Index count) {
     tile_.head = head;
     tile_.first_query = first;
     tile_.queries = count;
     simd::pack_left(query_rows(), log2_scale(operands_), buffers_.queries);
-    for (Index i = 0; i < count; ++i) {
-      buffers_.log_sum_exp[i] = sees_a_key(i)
-                                    ? (static_cast<Accumulator>(log_sum_exp_(first + i, head)) -
-                                       offset_beside_scores<Terms>(operands_, head, first + i)) *
-                                          simd::log2_e<Accumulator>
-                                    : Accumulator(0);
-    }
+    load_log_sum_exp<Terms>(operands_, log_sum_exp_, head, first, count, buffers_.log_sum_exp);
   }
 
   /// Loads a run of keys of the key/value head.
