@@ -205,6 +205,14 @@ struct Finish {
   sum_t<Element> factor{1};
 };
 
+template <class Element>
+SURFATTN_ALWAYS_INLINE void to_next_panel(Panels<Element>& b, Tile<sum_t<Element>>& c,
+                                          Finish<Element>& finish) {
+  b.data += b.panel_stride;
+  c.data += panel_width<Element>;
+  if (finish.bias) finish.bias += panel_width<Element>;
+}
+
 /// `Rows` rows, from `row` on, of one panel of a finished product (Store::set) or of C += A·B
 /// (Store::add).
 template <int Rows, Store store, class Left, class Element>
@@ -231,9 +239,7 @@ SURFATTN_ALWAYS_INLINE void spread_rows(Index row, Index cols, Index depth, cons
   alignas(64) Element spread[spread_depth * Rows * lanes<Element>];
   panel_rows<Rows, store>(row, depth, SpreadingOperand<Left, Element>{a, spread}, b, c, finish);
   for (Index first = panel_width<Element>; first < cols; first += panel_width<Element>) {
-    b.data += b.panel_stride;
-    c.data += panel_width<Element>;
-    if (finish.bias) finish.bias += panel_width<Element>;
+    to_next_panel(b, c, finish);
     panel_rows<Rows, store>(row, depth, SpreadOperand<Rows, Element>{spread}, b, c, finish);
   }
 }
@@ -274,9 +280,7 @@ SURFATTN_NEVER_INLINE void product(Index rows, Index cols, Index depth, const Le
   }
   for (Index first = 0; first < cols; first += panel_width<Element>) {
     panel<kernel_rows, store>(0, rows, panel_width<Element>, depth, a, b, c, finish);
-    b.data += b.panel_stride;
-    c.data += panel_width<Element>;
-    if (finish.bias) finish.bias += panel_width<Element>;
+    to_next_panel(b, c, finish);
   }
 }
 
