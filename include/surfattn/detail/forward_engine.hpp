@@ -62,7 +62,7 @@ class ForwardTask {
         queries_(std::min(tiling.block, operands.shape.queries - first_query)) {}
 
   void run(const ForwardOutputs<Scalar>& outputs) {
-    load_queries();
+    load_queries(outputs.log_sum_exp.has_value());
     for (Index key = 0, keys; key < shape_.keys; key += keys) {
       keys = operands_.run_of_keys(key, std::min(tiling_.key_tile, shape_.keys - key));
       visit_keys(key, keys);
@@ -73,13 +73,20 @@ class ForwardTask {
  private:
   Index first_head() const { return key_value_head_ * shape_.group(); }
 
-  void load_queries() {
-    for (Index member = 0; member < shape_.group(); ++member) {
-      simd::pack_left(
-          operands_.query_head(first_head() + member).block_rows(first_query_, queries_),
-          log2_scale(operands_), buffers_.queries + member * buffers_.member_rows * buffers_.depth);
-    }
+  /// Norms of queries are formed while their rows are in the first-level cache.
+  void load_queries(bool with_offsets) {
     buffers_.outs.reset(shape_.group() * buffers_.member_rows);
+    for (Index member = 0; member < shape_.group(); ++member) {
+      const Index head = first_head() + member;
+      for (Index i = 0, count; i < queries_; i += count) {
+        count = std::min(tiling_.query_tile, queries_ - i);
+        const Index row = member * buffers_.member_rows + i, query = first_query_ + i;
+        simd::pack_left(operands_.query_head(head).block_rows(query, count), log2_scale(operands_),
+                        buffers_.queries + row * buffers_.depth);
+        if (with_offsets)
+          buffers_.outs.template load_offsets<Terms>(row, operands_, head, query, count);
+      }
+    }
   }
 
   /// All tiles of one run of keys. The keys are packed when the first tile that is not empty needs
@@ -101,12 +108,17 @@ class ForwardTask {
     }
   }
 
+  /// Values that are whole keys give the norms of these.
   void pack_keys(Index first_key, Index keys) {
     const auto key_rows = operands_.keys_of(key_value_head_, first_key, keys);
     simd::pack_transposed(key_rows, buffers_.key_panels);
-    fill_key_bias(operands_, key_value_head_, first_key, key_rows, buffers_.key_bias);
+    Accumulator* const norms = start_key_bias(operands_, keys, buffers_.key_bias);
+    const bool values_give_norms = operands_.values_are_keys && shape_.value_dim == shape_.head_dim;
+    if (norms && !values_give_norms) simd::squared_norms(key_rows, norms);
     values_ = pack_row_operand(operands_.values_of(key_value_head_, first_key, keys),
-                               Accumulator(1), buffers_.value_panels, buffers_.non_finite_values);
+                               Accumulator(1), buffers_.value_panels, buffers_.non_finite_values,
+                               values_give_norms ? norms : nullptr);
+    finish_key_bias(operands_, key_value_head_, first_key, keys, buffers_.key_bias);
   }
 
   /// `row` is the tile's first row within the block and `offset` its first key within the packed
@@ -129,10 +141,8 @@ class ForwardTask {
 
   void store(const ForwardOutputs<Scalar>& outputs) const {
     for (Index member = 0; member < shape_.group(); ++member) {
-      for (Index i = 0; i < queries_; ++i) {
-        buffers_.outs.write(member * buffers_.member_rows + i, operands_, terms_, outputs,
-                            first_head() + member, first_query_ + i);
-      }
+      buffers_.outs.write(member * buffers_.member_rows, operands_, terms_, outputs,
+                          first_head() + member, first_query_, queries_);
     }
   }
 

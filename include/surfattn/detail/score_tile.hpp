@@ -33,13 +33,19 @@ void finish_key_bias(const Operands<Scalar>& operands, Index head, Index first, 
     bias[j] += static_cast<Accumulator>(log_prior(j, head)) * simd::log2_e<Accumulator>;
 }
 
+/// Where the norms of `keys` keys go, if they count: into the bias, which holds zeros but for them.
+template <class Scalar, class Accumulator>
+Accumulator* start_key_bias(const Operands<Scalar>& operands, Index keys, Accumulator* bias) {
+  std::fill(bias, bias + simd::padded<Accumulator>(keys), Accumulator(0));
+  return operands.key_norm_weight != Accumulator(0) ? bias : nullptr;
+}
+
 /// b_j = norm_weight·‖k_j‖² + log π_j for the keys `rows`, the head's from `first` on; padded with
 /// zeros.
 template <class Scalar, class Accumulator>
 void fill_key_bias(const Operands<Scalar>& operands, Index head, Index first,
                    MatrixView<const Scalar> rows, Accumulator* bias) {
-  std::fill(bias, bias + simd::padded<Accumulator>(rows.rows), Accumulator(0));
-  if (operands.key_norm_weight != Accumulator(0)) simd::squared_norms(rows, bias);
+  if (auto* norms = start_key_bias(operands, rows.rows, bias)) simd::squared_norms(rows, norms);
   finish_key_bias(operands, head, first, rows.rows, bias);
 }
 
@@ -61,24 +67,44 @@ void score_tile(const Tile& tile, Index head_dim, const simd::ColumnsOperand<Ele
                              {keys, depth * simd::panel_width<Element>}, scores, bias, factor);
 }
 
-/// query_norm_weight·‖q_i‖², what a query adds to its log-sum-exp, for `count` queries from `first` on.
-/// Never inlined, where compilers would fuse the product with the sum, or not, differently for
-/// different terms.
+/// query_norm_weight·‖q_i‖², what a query adds to its log-sum-exp, from the norms of `count` queries,
+/// in place. Never inlined, where compilers would fuse the product with the sum, or not, differently
+/// for different terms.
 template <class Scalar>
-SURFATTN_NEVER_INLINE void query_offsets(const Operands<Scalar>& operands, Index head, Index first,
-                                         Index count, accumulator_t<Scalar>* to) {
-  std::fill(to, to + count, accumulator_t<Scalar>(0));
-  if (operands.query_norm_weight == accumulator_t<Scalar>(0)) return;
-  simd::squared_norms(operands.query_head(head).block_rows(first, count), to);
-  for (Index i = 0; i < count; ++i) to[i] *= operands.query_norm_weight;
+SURFATTN_NEVER_INLINE void weigh_query_norms(const Operands<Scalar>& operands, Index count,
+                                             accumulator_t<Scalar>* norms) {
+  for (Index i = 0; i < count; ++i) norms[i] *= operands.query_norm_weight;
 }
 
 /// The same for one query.
 template <class Scalar>
 accumulator_t<Scalar> query_offset(const Operands<Scalar>& operands, Index head, Index query) {
-  accumulator_t<Scalar> offset;
-  query_offsets(operands, head, query, 1, &offset);
+  accumulator_t<Scalar> offset(0);
+  if (operands.query_norm_weight == offset) return offset;
+  simd::squared_norms(operands.query_head(head).block_rows(query, 1), &offset);
+  weigh_query_norms(operands, 1, &offset);
   return offset;
+}
+
+/// S_ij += query_norm_weight·‖q_i‖². Norms of several queries are formed together, in far less time than
+/// one by one.
+template <class Scalar>
+void add_query_offsets(const Operands<Scalar>& operands, const Tile& tile,
+                       simd::Tile<accumulator_t<Scalar>> scores) {
+  using Accumulator = accumulator_t<Scalar>;
+  if (operands.query_norm_weight == Accumulator(0)) return;
+  constexpr Index most = 16;
+  Accumulator offsets[most];
+  for (Index first = 0, count; first < tile.queries; first += count) {
+    count = std::min(most, tile.queries - first);
+    simd::squared_norms(operands.query_head(tile.head).block_rows(tile.first_query + first, count),
+                        offsets);
+    weigh_query_norms(operands, count, offsets);
+    for (Index i = 0; i < count; ++i) {
+      simd::add_to_row(scores.from(first + i).data, offsets[i] * simd::log2_e<Accumulator>,
+                       simd::padded<Accumulator>(tile.keys));
+    }
+  }
 }
 
 /// Raw scores → modified ones. Modifiers and sinks see the whole raw score, with the norm of the query
@@ -87,14 +113,7 @@ template <class Scalar, class Terms>
 void modify_scores(const Operands<Scalar>& operands, const Terms& terms, const Tile& tile,
                    simd::Tile<accumulator_t<Scalar>> scores,
                    const TermRecords<accumulator_t<Scalar>, Terms::records>& records = {}) {
-  using Accumulator = accumulator_t<Scalar>;
-  if constexpr (Terms::needs_whole_scores) {
-    for (Index i = 0; i < tile.queries && operands.query_norm_weight != Accumulator(0); ++i) {
-      const Accumulator offset = query_offset(operands, tile.head, tile.first_query + i);
-      simd::add_to_row(scores.data + i * scores.row_stride, offset * simd::log2_e<Accumulator>,
-                       simd::padded<Accumulator>(tile.keys));
-    }
-  }
+  if constexpr (Terms::needs_whole_scores) add_query_offsets(operands, tile, scores);
   if constexpr (Terms::modifies_scores) terms.modify_scores(tile, scores, records);
 }
 
@@ -107,16 +126,26 @@ void finish_scores(const Operands<Scalar>& operands, const Terms& terms, const T
   if constexpr (Terms::has_biases) terms.add_biases(tile, scores);
 }
 
+/// Where the norms of `count` queries go, if something of them stands beside the scores of the softmax:
+/// into the offsets, which are zeros but for that.
+template <class Terms, class Scalar>
+accumulator_t<Scalar>* start_offsets(const Operands<Scalar>& operands, Index count,
+                                     accumulator_t<Scalar>* offsets) {
+  using Accumulator = accumulator_t<Scalar>;
+  std::fill(offsets, offsets + count, Accumulator(0));
+  const bool has_norms = !Terms::needs_whole_scores && operands.query_norm_weight != Accumulator(0);
+  return has_norms ? offsets : nullptr;
+}
+
 /// query_norm_weight·‖q_i‖² where the scores of the softmax do not hold it, and else 0, for `count`
 /// queries from `first` on.
 template <class Terms, class Scalar>
 void offsets_beside_scores(const Operands<Scalar>& operands, Index head, Index first, Index count,
                            accumulator_t<Scalar>* to) {
-  if constexpr (Terms::needs_whole_scores) {
-    std::fill(to, to + count, accumulator_t<Scalar>(0));
-  } else {
-    query_offsets(operands, head, first, count, to);
-  }
+  auto* const norms = start_offsets<Terms>(operands, count, to);
+  if (!norms) return;
+  simd::squared_norms(operands.query_head(head).block_rows(first, count), norms);
+  weigh_query_norms(operands, count, norms);
 }
 
 /// The same for one query.
@@ -129,19 +158,26 @@ accumulator_t<Scalar> offset_beside_scores(const Operands<Scalar>& operands, Ind
 }
 
 /// log Σ_j exp S_ij of the scores that a pass forms again, in units of ln 2, for `count` queries from
-/// `first` on, where `log_sum_exp` is what the forward pass wrote. A row that saw no key has −∞ there;
-/// any finite number in its place gives it weights exp(−∞) = 0.
+/// `first` on, where `log_sum_exp` is what the forward pass wrote: in place of the offsets beside the
+/// scores. A row that saw no key has −∞ there; any finite number in its place gives it weights exp(−∞)
+/// = 0.
+template <class Accumulator>
+void finish_log_sum_exp(MatrixView<const Accumulator> log_sum_exp, Index head, Index first,
+                        Index count, Accumulator* offsets) {
+  for (Index i = 0; i < count; ++i) {
+    const Accumulator written = log_sum_exp(first + i, head);
+    const bool sees_a_key = written != simd::minus_infinity<Accumulator>;
+    offsets[i] = sees_a_key ? (written - offsets[i]) * simd::log2_e<Accumulator> : Accumulator(0);
+  }
+}
+
+/// The same, with the offsets.
 template <class Terms, class Scalar>
 void load_log_sum_exp(const Operands<Scalar>& operands,
                       MatrixView<const accumulator_t<Scalar>> log_sum_exp, Index head, Index first,
                       Index count, accumulator_t<Scalar>* to) {
-  using Accumulator = accumulator_t<Scalar>;
   offsets_beside_scores<Terms>(operands, head, first, count, to);
-  for (Index i = 0; i < count; ++i) {
-    const Accumulator written = log_sum_exp(first + i, head);
-    const bool sees_a_key = written != simd::minus_infinity<Accumulator>;
-    to[i] = sees_a_key ? (written - to[i]) * simd::log2_e<Accumulator> : Accumulator(0);
-  }
+  finish_log_sum_exp(log_sum_exp, head, first, count, to);
 }
 
 /// Rows of an input, times `factor`, as a right operand.
@@ -155,14 +191,16 @@ struct RowOperand {
   Accumulator factor;
 };
 
-/// Packs the rows of `source`, times `factor`; `non_finite` has room for all of them.
+/// Packs the rows of `source`, times `factor`; `non_finite` has room for all of them. Writes the
+/// squared norms of the rows of `source` too, where there is a place for them.
 template <class Scalar, class Element>
 RowOperand<Scalar, Element> pack_row_operand(MatrixView<const Scalar> source,
                                              accumulator_t<Scalar> factor, Element* panels,
-                                             Index* non_finite) {
+                                             Index* non_finite,
+                                             accumulator_t<Scalar>* norms = nullptr) {
   const Index panel_stride = simd::depth_of<Element>(source.rows) * simd::panel_width<Element>;
   RowOperand<Scalar, Element> operand{{panels, panel_stride}, {non_finite, 0}, source, factor};
-  simd::pack_panels(source, factor, panels, panel_stride, operand.non_finite);
+  simd::pack_panels(source, factor, panels, panel_stride, operand.non_finite, norms);
   return operand;
 }
 

@@ -17,12 +17,14 @@ struct SoftmaxRows {
   Accumulator* out = nullptr;
   Index stride = 0;
   OnlineSoftmax<Accumulator> softmax;
+  Accumulator* offsets = nullptr;  ///< what each row's log-sum-exp has besides
 
   SoftmaxRows() = default;
   SoftmaxRows(Arena& arena, Index rows, Index value_dim)
       : out(arena.take<Accumulator>(rows * simd::padded<Accumulator>(value_dim))),
         stride(simd::padded<Accumulator>(value_dim)) {
     softmax = {arena.take<Accumulator>(rows), arena.take<Accumulator>(rows)};
+    offsets = arena.take<Accumulator>(rows);
   }
 
   void reset(Index rows) const {
@@ -38,6 +40,7 @@ struct SoftmaxRows {
     SoftmaxRows rest = *this;
     rest.out += row * stride;
     rest.softmax = {softmax.maximum + row, softmax.sum + row};
+    rest.offsets += row;
     return rest;
   }
 
@@ -73,36 +76,47 @@ struct SoftmaxRows {
     });
   }
 
-  /// The finished row: o/l and the log-sum-exp, −∞ where no key was seen and no sink is.
+  /// The offsets of `queries` rows from `row` on: queries of a head, the first of them `query`.
+  template <class Terms, class Scalar>
+  void load_offsets(Index row, const Operands<Scalar>& operands, Index head, Index query,
+                    Index queries) const {
+    offsets_beside_scores<Terms>(operands, head, query, queries, offsets + row);
+  }
+
+  /// The same rows, finished: o/l and, where it is asked for and offsets are loaded, the log-sum-exp;
+  /// −∞ where no key was seen and no sink is.
   template <class Scalar, class Terms>
   void write(Index row, const Operands<Scalar>& operands, const Terms& terms,
-             const ForwardOutputs<Scalar>& outputs, Index head, Index query) const {
-    include_sinks(row, terms, head, out + row * stride, stride);
+             const ForwardOutputs<Scalar>& outputs, Index head, Index query, Index queries) const {
     const Index value_dim = operands.shape.value_dim;
-    simd::write_row<simd::Store::set>(out + row * stride, softmax.normaliser(row),
-                                      outputs.out.block_cols(head * value_dim, value_dim), query);
-    write_log_sum_exp<Terms>(row, operands, outputs, head, query);
+    const auto outs = outputs.out.block_cols(head * value_dim, value_dim);
+    for (Index i = 0; i < queries; ++i) {
+      Accumulator* const weighed = out + (row + i) * stride;
+      include_sinks(row + i, terms, head, weighed, stride);
+      simd::write_row<simd::Store::set>(weighed, softmax.normaliser(row + i), outs, query + i);
+    }
+    if (outputs.log_sum_exp) write_log_sum_exp(row, outputs, head, query, queries);
   }
 
   /// The same for all queries of all heads; the row of query i of head h is h·Tq + i.
   template <class Scalar, class Terms>
   void write_all(const Operands<Scalar>& operands, const Terms& terms,
                  const ForwardOutputs<Scalar>& outputs) const {
-    const Shape& shape = operands.shape;
-    for (Index query = 0; query < shape.queries; ++query) {
-      for (Index head = 0; head < shape.query_heads; ++head)
-        write(head * shape.queries + query, operands, terms, outputs, head, query);
+    const Index queries = operands.shape.queries;
+    for (Index head = 0; head < operands.shape.query_heads; ++head) {
+      if (outputs.log_sum_exp) load_offsets<Terms>(head * queries, operands, head, 0, queries);
+      write(head * queries, operands, terms, outputs, head, 0, queries);
     }
   }
 
-  template <class Terms, class Scalar>
-  void write_log_sum_exp(Index row, const Operands<Scalar>& operands,
-                         const ForwardOutputs<Scalar>& outputs, Index head, Index query) const {
-    if (!outputs.log_sum_exp) return;
-    const Accumulator seen = softmax.log_sum_exp(row);
-    const bool sees_a_key = seen != simd::minus_infinity<Accumulator>;
-    (*outputs.log_sum_exp)(query, head) =
-        sees_a_key ? seen + offset_beside_scores<Terms>(operands, head, query) : seen;
+  template <class Scalar>
+  void write_log_sum_exp(Index row, const ForwardOutputs<Scalar>& outputs, Index head, Index query,
+                         Index queries) const {
+    for (Index i = 0; i < queries; ++i) {
+      const Accumulator seen = softmax.log_sum_exp(row + i);
+      const bool sees_a_key = seen != simd::minus_infinity<Accumulator>;
+      (*outputs.log_sum_exp)(query + i, head) = sees_a_key ? seen + offsets[row + i] : seen;
+    }
   }
 };
 

@@ -244,9 +244,11 @@ class StreamTask {
     for (Index row = 0; row < rows(); ++row) {
       Accumulator* const weighed = scores(0).from(row).data;
       outs.include_sinks(row, terms_, head_of(head, row), weighed, weights);
-      outs.template write_log_sum_exp<Terms>(row, operands_, outputs, head_of(head, row),
-                                             row % shape_.queries);
       simd::scale_row(weighed, weights, outs.softmax.normaliser(row));
+    }
+    for (Index row = 0; outputs.log_sum_exp && row < rows(); row += shape_.queries) {
+      outs.template load_offsets<Terms>(row, operands_, head_of(head, row), 0, shape_.queries);
+      outs.write_log_sum_exp(row, outputs, head_of(head, row), 0, shape_.queries);
     }
   }
 

@@ -3,6 +3,8 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
+#include <limits>
 #include <surfattn/detail/simd/tile_products.hpp>
 #include <surfattn/detail/view.hpp>
 #include <surfattn/workspace.hpp>
@@ -178,10 +180,93 @@ bool are_finite(MatrixView<const Source> rows) {
   return sum(zeros) == Scalar(0);
 }
 
+/// The sums of `Rows` packets, to `Rows` numbers side by side: the same bits for 4 at once as for each
+/// of them.
+template <class Scalar, int Rows>
+SURFATTN_ALWAYS_INLINE void store_row_sums(Scalar* to, const Packet<Scalar> (&packets)[Rows]) {
+  if constexpr (Rows == 4) {
+    store_sums(to, packets[0], packets[1], packets[2], packets[3]);
+  } else {
+    static_assert(Rows == 1);
+    Scalar sums[4];
+    store_sums(sums, packets[0], packets[0], packets[0], packets[0]);
+    to[0] = sums[0];
+  }
+}
+
+/// Calls step(take, c) for every packet of columns from c on, up to `end`, where take(view, row, c) loads
+/// it, with zeros beyond the `cols` columns of the view.
+template <class Scalar, class Step>
+SURFATTN_ALWAYS_INLINE void for_row_packets(bool are_contiguous, Index cols, Index end,
+                                            const Step& step) {
+  Index c = 0;
+  for (; are_contiguous && c + lanes<Scalar> <= cols; c += lanes<Scalar>) {
+    step(
+        [](const auto& view, Index row, Index col) { return load_as<Scalar>(view.row(row) + col); },
+        c);
+  }
+  for (; c < end; c += lanes<Scalar>) {
+    step(
+        [](const auto& view, Index row, Index col) {
+          return gather<Scalar>(view.row(row) + col * view.col_stride, view.col_stride,
+                                view.cols - col);
+        },
+        c);
+  }
+}
+
+/// For each of `Rows` rows i, the sum of the lanes of what step(take, i, c, before) makes of 0 from one
+/// packet of columns to the next; `take`, `cols` and `end` as above.
+template <int Rows, class Scalar, class Step>
+SURFATTN_ALWAYS_INLINE void row_sums(bool are_contiguous, Index cols, Index end, Scalar* to,
+                                     const Step& step) {
+  Packet<Scalar> sums[Rows];
+  for (auto& packet : sums) packet = broadcast(Scalar(0));
+  for_row_packets<Scalar>(are_contiguous, cols, end, [&](const auto& take, Index c) {
+    SURFATTN_UNROLL
+    for (int i = 0; i < Rows; ++i) sums[i] = step(take, i, c, sums[i]);
+  });
+  store_row_sums(to, sums);
+}
+
+/// Calls use(first, count) with 4 or 1, as a constant, for runs of rows that make up all `rows`.
+template <class Use>
+SURFATTN_ALWAYS_INLINE void for_runs_of_rows(Index rows, const Use& use) {
+  Index i = 0;
+  for (; i + 4 <= rows; i += 4) use(i, std::integral_constant<int, 4>());
+  for (; i < rows; ++i) use(i, std::integral_constant<int, 1>());
+}
+
+/// a·b for each of the rows of both: the same bits for a row alone as among others.
+template <class Scalar, class Source>
+void row_products(MatrixView<const Source> a, MatrixView<const Source> b, Scalar* to) {
+  const bool are_contiguous = a.col_stride == 1 && b.col_stride == 1;
+  for_runs_of_rows(a.rows, [&]<int Rows>(Index first, std::integral_constant<int, Rows>) {
+    row_sums<Rows>(are_contiguous, a.cols, a.cols, to + first,
+                   [&](const auto& take, int i, Index c, const Packet<Scalar>& before) {
+                     return multiply_add(take(a, first + i, c), take(b, first + i, c), before);
+                   });
+  });
+}
+
+/// ‖row‖² of each row of `source`, the bits of its product with itself.
+template <class Scalar, class Source>
+void squared_norms(MatrixView<const Source> source, Scalar* to) {
+  for_runs_of_rows(source.rows, [&]<int Rows>(Index first, std::integral_constant<int, Rows>) {
+    row_sums<Rows>(source.col_stride == 1, source.cols, source.cols, to + first,
+                   [&](const auto& take, int i, Index c, const Packet<Scalar>& before) {
+                     const auto x = take(source, first + i, c);
+                     return multiply_add(x, x, before);
+                   });
+  });
+}
+
 /// The rows of `source` as a right operand of pairs, rows 2k and 2k + 1 in one: depth =
-/// depth_of(source.rows). Rows that are not finite become zeros and are listed.
+/// depth_of(source.rows). Rows that are not finite become zeros and are listed. Writes ‖row‖² of all
+/// rows to `norms` too, unless that is null.
 inline void pack_panels(MatrixView<const Eigen::bfloat16> source, float, BFloat16Pair* to,
-                        Index panel_stride, NonFiniteRows& non_finite) {
+                        Index panel_stride, NonFiniteRows& non_finite, float* norms = nullptr) {
+  if (norms) squared_norms(source, norms);
   non_finite.count = 0;
   const auto finite_row = [&](Index k) -> const Eigen::bfloat16* {
     if (k >= source.rows) return nullptr;
@@ -196,29 +281,56 @@ inline void pack_panels(MatrixView<const Eigen::bfloat16> source, float, BFloat1
   }
 }
 
+/// `Rows` rows of source·factor, from `first` on, into rows of panels, and the squared norms of the rows
+/// of `source`.
+template <int Rows, class Scalar, class Source>
+SURFATTN_ALWAYS_INLINE void pack_panel_rows(MatrixView<const Source> source, Index first,
+                                            Scalar factor, Scalar* to, Index panel_stride,
+                                            Scalar* norms) {
+  constexpr Index width = panel_width<Scalar>;
+  const auto multiplier = broadcast(factor);
+  row_sums<Rows>(source.col_stride == 1, source.cols, padded<Scalar>(source.cols), norms,
+                 [&](const auto& take, int i, Index c, const Packet<Scalar>& before) {
+                   const auto x = take(source, first + i, c);
+                   store(to + c / width * panel_stride + i * width + c % width,
+                         multiply(multiplier, x));
+                   return multiply_add(x, x, before);
+                 });
+}
+
+/// Makes one row of panels zeros if it is not finite, and says whether it was not.
+template <class Scalar>
+bool drop_if_not_finite(Scalar* row, Index cols, Index panel_stride) {
+  const auto at = [&](Index c) {
+    return row + c / panel_width<Scalar> * panel_stride + c % panel_width<Scalar>;
+  };
+  bool is_finite = true;
+  for (Index c = 0; c < padded<Scalar>(cols); ++c) is_finite = is_finite && (std::isfinite)(*at(c));
+  for (Index c = 0; !is_finite && c < padded<Scalar>(cols); ++c) *at(c) = Scalar(0);
+  return !is_finite;
+}
+
 /// source·factor as a right operand: depth = source.rows. Row k of panel p goes to `to` +
-/// p·panel_stride + k·panel_width. Rows that are not finite become zeros and are listed.
+/// p·panel_stride + k·panel_width. Rows that are not finite become zeros and are listed. Writes
+/// ‖row‖² of all rows of `source` to `norms` too, unless that is null.
+///
+/// A row whose norm is finite, scaled, is finite itself; others are looked at one by one.
 template <class Scalar, class Source>
 void pack_panels(MatrixView<const Source> source, Scalar factor, Scalar* to, Index panel_stride,
-                 NonFiniteRows& non_finite) {
-  constexpr Index width = panel_width<Scalar>;
-  const auto multiplier = broadcast(factor), zero = broadcast(Scalar(0));
+                 NonFiniteRows& non_finite, Scalar* norms = nullptr) {
   non_finite.count = 0;
-  for (Index k = 0; k < source.rows; ++k, to += width) {
-    prefetch_rows(source, k + prefetch_distance, 1);
-    const Source* from = source.row(k);
-    const auto at = [&](Index c) { return to + c / width * panel_stride + c % width; };
-    auto zeros = zero;  // x·0 is 0 for every finite x and NaN for the others
-    for (Index c = 0; c < padded<Scalar>(source.cols); c += lanes<Scalar>) {
-      const auto x = multiply(multiplier, gather<Scalar>(from + c * source.col_stride,
-                                                         source.col_stride, source.cols - c));
-      zeros = multiply_add(x, zero, zeros);
-      store(at(c), x);
+  for_runs_of_rows(source.rows, [&]<int Rows>(Index first, std::integral_constant<int, Rows>) {
+    prefetch_rows(source, first + prefetch_distance, Rows);
+    Scalar* const rows = to + first * panel_width<Scalar>;
+    Scalar some[Rows];
+    Scalar* const squares = norms ? norms + first : some;
+    pack_panel_rows<Rows>(source, first, factor, rows, panel_stride, squares);
+    for (Index i = 0; i < Rows; ++i) {
+      if (squares[i] * factor * factor <= std::numeric_limits<Scalar>::max()) continue;
+      if (drop_if_not_finite(rows + i * panel_width<Scalar>, source.cols, panel_stride))
+        non_finite.rows[non_finite.count++] = first + i;
     }
-    if (sum(zeros) == Scalar(0)) continue;
-    non_finite.rows[non_finite.count++] = k;
-    for (Index c = 0; c < padded<Scalar>(source.cols); c += lanes<Scalar>) store(at(c), zero);
-  }
+  });
 }
 
 /// Row `row` of a result, set to factor·from or added to.
@@ -240,65 +352,21 @@ void write_row(const Scalar* from, Scalar factor, MatrixView<Result> to, Index r
   }
 }
 
-/// a·b for `Rows` rows of both, from `first` on, into to[first], …: the same bits for 4 rows at once as
-/// for each of them.
-template <int Rows, class Scalar, class Source>
-SURFATTN_ALWAYS_INLINE void row_products(MatrixView<const Source> a, MatrixView<const Source> b,
-                                         Index first, Scalar* to) {
-  Packet<Scalar> products[Rows];
-  for (auto& product : products) product = broadcast(Scalar(0));
-  const auto add_step = [&](const auto& take, Index c) {
-    SURFATTN_UNROLL
-    for (int i = 0; i < Rows; ++i)
-      products[i] = multiply_add(take(a, first + i, c), take(b, first + i, c), products[i]);
-  };
-  Index c = 0;
-  for (; a.col_stride == 1 && b.col_stride == 1 && c + lanes<Scalar> <= a.cols;
-       c += lanes<Scalar>) {
-    add_step(
-        [](const auto& view, Index row, Index col) { return load_as<Scalar>(view.row(row) + col); },
-        c);
-  }
-  for (; c < a.cols; c += lanes<Scalar>) {
-    add_step(
-        [](const auto& view, Index row, Index col) {
-          return gather<Scalar>(&view(row, col), view.col_stride, view.cols - col);
-        },
-        c);
-  }
-  if constexpr (Rows == 4) {
-    store_sums(to + first, products[0], products[1], products[2], products[3]);
-  } else {
-    static_assert(Rows == 1);
-    Scalar sums[4];
-    store_sums(sums, products[0], products[0], products[0], products[0]);
-    to[first] = sums[0];
-  }
-}
-
-/// a·b for each of the rows of both.
-template <class Scalar, class Source>
-void row_products(MatrixView<const Source> a, MatrixView<const Source> b, Scalar* to) {
-  Index i = 0;
-  for (; i + 4 <= a.rows; i += 4) row_products<4>(a, b, i, to);
-  for (; i < a.rows; ++i) row_products<1>(a, b, i, to);
-}
-
 /// Σ_ij a_ij·(b_ij − origin_j), where a zero in `a` (a query that took no part) hides whatever
 /// stands in `b`. `origin` is one row.
 template <class Scalar, class Source>
 Scalar sum_of_products(MatrixView<const Scalar> a, MatrixView<const Source> b,
                        MatrixView<const Source> origin) {
   auto total = broadcast(Scalar(0));
+  const bool are_contiguous = a.col_stride == 1 && b.col_stride == 1 && origin.col_stride == 1;
   for (Index i = 0; i < a.rows; ++i) {
-    for (Index c = 0; c < a.cols; c += lanes<Scalar>) {
-      const auto take = [&](const auto& view, Index row) {
-        return gather<Scalar>(&view(row, c), view.col_stride, a.cols - c);
-      };
-      const auto x = take(a, i);
-      total = add(total,
-                  zero_where_zero<Scalar>(x, multiply(x, subtract(take(b, i), take(origin, 0)))));
-    }
+    auto products = broadcast(Scalar(0));  // of one row, so that rows do not wait for each other
+    for_row_packets<Scalar>(are_contiguous, a.cols, a.cols, [&](const auto& take, Index c) {
+      const auto x = take(a, i, c);
+      const auto product = multiply(x, subtract(take(b, i, c), take(origin, 0, c)));
+      products = add(products, zero_where_zero<Scalar>(x, product));
+    });
+    total = add(total, products);
   }
   return sum(total);
 }
@@ -322,12 +390,6 @@ Scalar sum_of_squared_distances(MatrixView<const Source> source, MatrixView<cons
     total = multiply_add(broadcast(factor), squares, total);
   }
   return sum(total);
-}
-
-/// ‖row‖² of each row of `source`.
-template <class Scalar, class Source>
-void squared_norms(MatrixView<const Source> source, Scalar* to) {
-  row_products(source, source, to);
 }
 
 }  // namespace surfattn::detail::simd
