@@ -192,9 +192,9 @@ class BackwardTask {
     const Index keys = keys_of(n);
     const auto rows = key_rows(n);
     simd::pack_transposed(rows, tile.transposed_keys);
-    keys_of_tile_[n] =
-        pack_row_operand(rows, Accumulator(1), tile.key_panels, tile.non_finite_keys);
-    fill_key_bias(operands_, key_value_head_, first_key_of(n), rows, tile.key_bias);
+    keys_of_tile_[n] = pack_row_operand(rows, Accumulator(1), tile.key_panels, tile.non_finite_keys,
+                                        start_key_bias(operands_, keys, tile.key_bias));
+    finish_key_bias(operands_, key_value_head_, first_key_of(n), keys, tile.key_bias);
     std::fill(tile.grad_keys, tile.grad_keys + keys * buffers_.key_stride, Accumulator(0));
     std::fill(tile.grad_key_bias, tile.grad_key_bias + simd::padded<Accumulator>(keys),
               Accumulator(0));
@@ -238,22 +238,24 @@ class BackwardTask {
     const auto queries = query_rows(tile);
     const auto grad_out = out_rows(upstream_.grad_out, tile);
     simd::pack_left(queries, log2_scale(operands_), buffers_.queries.columns);
+    Accumulator* const norms = start_offsets<Terms>(operands_, tile.queries, buffers_.log_sum_exp);
     queries_of_tile_ = pack_row_operand(queries, operands_.scale, buffers_.queries.panels,
-                                        buffers_.queries.non_finite);
+                                        buffers_.queries.non_finite, norms);
+    if (norms) weigh_query_norms(operands_, tile.queries, norms);
+    finish_log_sum_exp(upstream_.log_sum_exp, tile.head, tile.first_query, tile.queries,
+                       buffers_.log_sum_exp);
     simd::pack_left(grad_out, Accumulator(1), buffers_.grad_out.columns);
     grad_out_of_tile_ = pack_row_operand(grad_out, Accumulator(1), buffers_.grad_out.panels,
                                          buffers_.grad_out.non_finite);
-    load_row_statistics(tile, grad_out, out_rows(upstream_.out, tile));
+    load_deltas(tile, grad_out, out_rows(upstream_.out, tile));
     term_task_.begin_run(tile.queries);
     std::fill(buffers_.grad_queries, buffers_.grad_queries + tile.queries * buffers_.key_stride,
               Accumulator(0));
   }
 
-  /// log Σ_j exp S_ij, in units of ln 2, and D_i = dO_i·O_i − dL_i.
-  void load_row_statistics(const Tile& tile, MatrixView<const Scalar> grad_out,
-                           MatrixView<const Scalar> out) {
-    load_log_sum_exp<Terms>(operands_, upstream_.log_sum_exp, tile.head, tile.first_query,
-                            tile.queries, buffers_.log_sum_exp);
+  /// D_i = dO_i·O_i − dL_i.
+  void load_deltas(const Tile& tile, MatrixView<const Scalar> grad_out,
+                   MatrixView<const Scalar> out) {
     simd::row_products(grad_out, out, buffers_.delta);
     for (Index i = 0; upstream_.grad_log_sum_exp && i < tile.queries; ++i)
       buffers_.delta[i] -= upstream_.grad_log_sum_exp_of(tile.first_query + i, tile.head);
@@ -276,7 +278,9 @@ class BackwardTask {
          value_depth * simd::panel_width<Accumulator>},
         grad_scores);
     term_task_.drop_gradients(tile, grad_scores);
-    differentiate_softmax(tile, weights, grad_scores);
+    Accumulator* const bias_gradient = wants_key_bias() ? keys.grad_key_bias + offset : nullptr;
+    const bool is_final = is_left_by_softmax(tile, coverage, key_tile, offset);
+    differentiate_softmax(tile, weights, grad_scores, is_final ? bias_gradient : nullptr);
     if (coverage == Coverage::partial) {
       // By selection, and last: a row whose score is NaN in sight of one key has NaN for every weight.
       terms_.hide(tile, weights.data, weights.row_stride, Accumulator(0));
@@ -284,7 +288,20 @@ class BackwardTask {
     }
     term_task_.drop_weights(tile, weights);
     term_task_.differentiate(tile, grad_scores, [&] { wait_for_same_keys(tile.first_query); });
+    for (Index i = 0; bias_gradient && !is_final && i < tile.queries; ++i)
+      simd::add_row(grad_scores.from(i).data, bias_gradient, tile.keys);
     add_to_gradients(tile, weights, grad_scores, key_tile, offset);
+  }
+
+  /// Whether dS stays as the softmax leaves it, and the columns that pad it stand for no other keys.
+  bool is_left_by_softmax(const Tile& tile, Coverage coverage, Index key_tile, Index offset) const {
+    return coverage == Coverage::full && !Terms::modifies_scores &&
+           (tile.keys % simd::panel_width<Accumulator> == 0 ||
+            offset + tile.keys == keys_of(key_tile));
+  }
+
+  bool wants_key_bias() const {
+    return gradients_.key_bias || operands_.key_norm_weight != Accumulator(0);
   }
 
   /// Returns when the item before this one at the same keys has passed these queries with all its
@@ -294,14 +311,15 @@ class BackwardTask {
     turns_.wait_for_same_keys((shape_.group() - 1) * runs + first_query / tiling_.query_tile);
   }
 
-  /// S → W = 2^(S − L) and dP → dS = W∘(dP − D), in place.
+  /// S → W = 2^(S − L) and dP → dS = W∘(dP − D), in place, and c_j += Σ_i dS_ij where there is a place
+  /// for it.
   void differentiate_softmax(const Tile& tile, simd::Tile<Accumulator> weights,
-                             simd::Tile<Accumulator> grad_scores) {
+                             simd::Tile<Accumulator> grad_scores, Accumulator* bias_gradient) {
     const Index padded_keys = simd::padded<Accumulator>(tile.keys);
     for (Index i = 0; i < tile.queries; ++i) {
       simd::softmax_gradient_row(weights.data + i * weights.row_stride,
                                  grad_scores.data + i * grad_scores.row_stride, padded_keys,
-                                 buffers_.log_sum_exp[i], buffers_.delta[i]);
+                                 buffers_.log_sum_exp[i], buffers_.delta[i], bias_gradient);
     }
   }
 
@@ -319,12 +337,6 @@ class BackwardTask {
     // dK += dSᵀ·(scale·Q)
     add_weighted_rows<true>(terms_, tile, grad_scores, queries_of_tile_, 0,
                             {keys.grad_keys + offset * buffers_.key_stride, buffers_.key_stride});
-    if (gradients_.key_bias || operands_.key_norm_weight != Accumulator(0)) {
-      for (Index i = 0; i < tile.queries; ++i) {
-        simd::add_row(grad_scores.data + i * grad_scores.row_stride, keys.grad_key_bias + offset,
-                      tile.keys);
-      }
-    }
   }
 
   void add_to_grad_queries(Index head, Index first_query, Index queries) {
