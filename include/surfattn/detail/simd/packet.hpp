@@ -275,6 +275,64 @@ struct SquareBlock {
 #pragma GCC diagnostic pop
 #endif
 
+/// How many columns `load_columns` loads at a time, 16 bytes of each row; 0 where the target cannot.
+template <class Scalar>
+inline constexpr int loaded_columns = lanes<Scalar> != 1 && (std::is_same_v<Scalar, float> ||
+                                                             std::is_same_v<Scalar, double>)
+                                          ? 16 / int(sizeof(Scalar))
+                                          : 0;
+
+/// 16 bytes from each of `Parts` rows, side by side.
+template <int Parts, class Scalar>
+SURFATTN_ALWAYS_INLINE auto load_parts_of_rows(const Scalar* from, Index row_distance) {
+  if constexpr (Parts == 1) {
+    typedef Scalar Part __attribute__((vector_size(16)));
+    Part part;
+    __builtin_memcpy(&part, from, sizeof part);
+    return part;
+  } else {
+    const auto lower = load_parts_of_rows<Parts / 2>(from, row_distance),
+               upper = load_parts_of_rows<Parts / 2>(from + Parts / 2 * row_distance, row_distance);
+    return [&]<int... I>(int_sequence<I...>) { return __builtin_shufflevector(lower, upper, I...); }
+    (int_sequence_up_to<Parts * loaded_columns<Scalar>>());
+  }
+}
+
+/// Within each 16 bytes of x and y: the lower (half 0) or upper (half 1) numbers of both by turns, in
+/// runs of `run`.
+template <int run, int half, class Vector>
+SURFATTN_ALWAYS_INLINE Vector zip(const Vector& x, const Vector& y) {
+  constexpr int all = sizeof(Vector) / sizeof(x[0]), n = 16 / sizeof(x[0]);
+  return [&]<int... I>(int_sequence<I...>) {
+    return __builtin_shufflevector(
+        x, y,
+        (I / n * n + half * n / 2 + I % n / run / 2 * run + I % run + I % n / run % 2 * all)...);
+  }
+  (int_sequence_up_to<all>());
+}
+
+/// The first `loaded_columns` columns of as many rows as a packet has lanes, one packet for each. Most
+/// of the transposition is done by the loads: shuffles within 16 bytes are left.
+template <class Scalar>
+SURFATTN_ALWAYS_INLINE void load_columns(const Scalar* from, Index row_stride,
+                                         Packet<Scalar> (&columns)[loaded_columns<Scalar>]) {
+  constexpr int count = loaded_columns<Scalar>;
+  const auto rows = [&](int k) {  // k, k + count, k + 2·count, …
+    return load_parts_of_rows<int(lanes<Scalar>) / count>(from + k * row_stride,
+                                                          count * row_stride);
+  };
+  const auto a = rows(0), b = rows(1);
+  if constexpr (count == 2) {
+    columns[0] = zip<1, 0>(a, b), columns[1] = zip<1, 1>(a, b);
+  } else {
+    const auto c = rows(2), d = rows(3);
+    const auto lower_ab = zip<1, 0>(a, b), lower_cd = zip<1, 0>(c, d);
+    const auto upper_ab = zip<1, 1>(a, b), upper_cd = zip<1, 1>(c, d);
+    columns[0] = zip<2, 0>(lower_ab, lower_cd), columns[1] = zip<2, 1>(lower_ab, lower_cd);
+    columns[2] = zip<2, 0>(upper_ab, upper_cd), columns[3] = zip<2, 1>(upper_ab, upper_cd);
+  }
+}
+
 /// 2ⁿ for n in the exponent's range, where `biased` = n + exponent_bias + 1.5·2^(digits − 1): the
 /// exponent's bits then lie in the low bits of that number, and a shift puts them in their place. For
 /// targets that have vectors.

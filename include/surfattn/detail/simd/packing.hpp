@@ -94,9 +94,29 @@ SURFATTN_ALWAYS_INLINE Packet<float> row_elements(
   return load(reinterpret_cast<const float*>(bits));
 }
 
+/// Columns of `lanes` whole rows, from `first` on, times `factor`, each to the next `width` numbers;
+/// returns how many of them, from the first on, could be taken together.
+template <Index width, class Scalar, class Source>
+SURFATTN_ALWAYS_INLINE Index pack_whole_columns(MatrixView<const Source> source, Index first,
+                                                Packet<Scalar> factor, Scalar* to) {
+  Index c = 0;
+  if constexpr (std::is_same_v<Scalar, Source> && loaded_columns<Scalar> != 0) {
+    constexpr int count = loaded_columns<Scalar>;
+    if (source.col_stride != 1 || first + lanes < Scalar >> source.rows) return 0;
+    for (; c + count <= source.cols; c += count) {
+      Packet<Scalar> columns[count];
+      load_columns(source.row(first) + c, source.row_stride, columns);
+      SURFATTN_UNROLL
+      for (int i = 0; i < count; ++i) store(to + (c + i) * width, multiply(factor, columns[i]));
+    }
+  }
+  return c;
+}
+
 /// source·factor by columns, in panels of `width` rows, a multiple of lanes, the last one padded
 /// with zeros: with depth = depth_of(source.cols), row r and element c of its depth go to `to` + r /
-/// width·width·depth + c·width + r % width. Works in square blocks of packets.
+/// width·width·depth + c·width + r % width. Where columns cannot be taken together, works in square
+/// blocks of packets.
 template <Index width, class Element, class Source>
 void pack_columns(MatrixView<const Source> source, sum_t<Element> factor, Element* to) {
   using Lane = sum_t<Element>;  // as wide as an element
@@ -106,7 +126,8 @@ void pack_columns(MatrixView<const Source> source, sum_t<Element> factor, Elemen
   for (Index first = 0; first < rounded_up(source.rows, width); first += side) {
     prefetch_rows(source, first + side, side);
     Lane* column = reinterpret_cast<Lane*>(to) + first / width * width * depth + first % width;
-    for (Index c = 0; c < depth; c += side) {
+    for (Index c = pack_whole_columns<width, Lane>(source, first, multiplier, column); c < depth;
+         c += side) {
       SquareBlock<Lane> block;
       for (Index row = 0; row < side; ++row) {
         block[row] = first + row < source.rows
