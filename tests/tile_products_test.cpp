@@ -1,6 +1,11 @@
-// Products of tiles give exactly what plain loops give, on whole numbers, which no rounding touches.
+// Products of tiles give exactly what plain loops give, on whole numbers, which no rounding touches;
+// operands are packed as their layouts say.
 #include <algorithm>
+#include <cmath>
+#include <limits>
 #include <surfattn/detail/simd/packing.hpp>
+#include <utility>
+#include <vector>
 
 #include "support/catch.hpp"
 #include "support/random.hpp"
@@ -68,6 +73,96 @@ TEMPLATE_TEST_CASE("tile products are those of plain loops", "", float, double) 
         simd::pack_left(view(a), Scalar(1), packed);
         check_products<Scalar>(a, b, simd::packed_left(packed, depth, 0, rows), random);
       }
+    }
+  }
+}
+
+namespace {
+
+/// The rows of `source` times `factor` by columns in panels of `width` rows, padded with zeros.
+template <class Scalar>
+void check_columns(MatrixView<const Scalar> source, Scalar factor, const Scalar* packed,
+                   Index width) {
+  INFO(source.rows << " x " << source.cols << ", strides " << source.row_stride << " and "
+                   << source.col_stride);
+  Index differing = 0;
+  for (Index r = 0; r < simd::rounded_up(source.rows, width); ++r) {
+    for (Index c = 0; c < source.cols; ++c) {
+      const Scalar wanted = r < source.rows ? factor * source(r, c) : Scalar(0);
+      differing += packed[r / width * width * source.cols + c * width + r % width] != wanted;
+    }
+  }
+  CHECK(differing == 0);
+}
+
+}  // namespace
+
+TEMPLATE_TEST_CASE("operands are packed by columns in any storage", "", float, double,
+                   long double) {
+  using Scalar = TestType;
+  auto random = surfattn::test::seeded_random();
+  const Index side = simd::lanes<Scalar>, panel = simd::panel_width<Scalar>;
+  for (const Index rows : {Index(1), side - 1, side, side + 1, 2 * panel + side, 3 * panel - 1}) {
+    for (const Index cols : {Index(1), Index(2), Index(3), side, side + 3, 2 * side + 5}) {
+      const Matrix<Scalar> wide = whole_numbers<Scalar>(rows, cols + 3, random);
+      const Eigen::Matrix<Scalar, -1, -1> by_columns = wide.leftCols(cols);
+      const Matrix<Scalar> adjacent = by_columns;
+      const Workspace workspace(1 << 20);
+      Arena arena(workspace);
+      Scalar* const packed = arena.take<Scalar>(std::max(
+          simd::rounded_up(rows, panel) * cols, simd::packed_left_size<Scalar>(rows, cols)));
+      for (const MatrixView<const Scalar> source :
+           {view(wide).block_cols(1, cols), view(adjacent), view(by_columns)}) {
+        simd::pack_transposed(source, packed);
+        check_columns<Scalar>(source, Scalar(1), packed, panel);
+        simd::pack_left(source, Scalar(3), packed);
+        check_columns<Scalar>(source, Scalar(3), packed, simd::left_width<Scalar>);
+      }
+    }
+  }
+}
+
+TEMPLATE_TEST_CASE("rows that are not finite are packed as zeros and listed", "", float, double,
+                   long double) {
+  using Scalar = TestType;
+  using Limits = std::numeric_limits<Scalar>;
+  auto random = surfattn::test::seeded_random();
+  const Scalar large = Limits::max() / 4, root = std::sqrt(Limits::max()) / 2;
+  for (const Index cols : {Index(1), simd::lanes<Scalar> + 1, 2 * simd::panel_width<Scalar>}) {
+    Matrix<Scalar> rows = whole_numbers<Scalar>(11, cols, random);
+    rows(1, cols - 1) = Limits::infinity();
+    rows(2, 0) = large;
+    rows(4, 0) = root;
+    rows(6, cols / 2) = Limits::quiet_NaN();
+    rows(9, 0) = -Limits::infinity();
+    rows(10, cols - 1) = -large;
+    const std::vector<Index> always{1, 6, 9}, with_large{1, 2, 6, 9, 10},
+        with_root{1, 2, 4, 6, 9, 10};
+    for (const auto& [factor, wanted] :
+         {std::pair(Scalar(1), always), std::pair(Scalar(-2), always),
+          std::pair(Scalar(8), with_large), std::pair(16 * root, with_root)}) {
+      INFO(cols << " columns, factor " << factor);
+      const Workspace workspace(1 << 20);
+      Arena arena(workspace);
+      const Index width = simd::panel_width<Scalar>, stride = rows.rows() * width;
+      Scalar* const panels = arena.take<Scalar>(rows.rows() * simd::padded<Scalar>(cols));
+      Scalar *const norms = arena.take<Scalar>(11), *const expected = arena.take<Scalar>(11);
+      simd::NonFiniteRows found{arena.take<Index>(11), 0};
+      simd::pack_panels(view(std::as_const(rows)), factor, panels, stride, found, norms);
+      const std::vector<Index> listed(found.rows, found.rows + found.count);
+      CHECK(listed == wanted);
+      Index differing = 0;
+      for (Index k = 0; k < rows.rows(); ++k) {
+        const bool is_listed = std::count(listed.begin(), listed.end(), k) > 0;
+        for (Index c = 0; c < simd::padded<Scalar>(cols); ++c) {
+          const Scalar packed = panels[c / width * stride + k * width + c % width];
+          differing += packed != (is_listed || c >= cols ? Scalar(0) : factor * rows(k, c));
+        }
+      }
+      CHECK(differing == 0);
+      simd::squared_norms(view(std::as_const(rows)), expected);
+      for (Index k = 0; k < rows.rows(); ++k)
+        CHECK((norms[k] == expected[k] || (std::isnan)(expected[k])));
     }
   }
 }
