@@ -275,10 +275,10 @@ struct SquareBlock {
 #pragma GCC diagnostic pop
 #endif
 
-/// How many columns `load_columns` loads at a time, 16 bytes of each row; 0 where the target cannot.
+/// How many columns `load_columns` loads at a time, 16 bytes of each row; 0 where packets are no longer
+/// than that, so that it would save nothing.
 template <class Scalar>
-inline constexpr int loaded_columns = lanes<Scalar> != 1 && (std::is_same_v<Scalar, float> ||
-                                                             std::is_same_v<Scalar, double>)
+inline constexpr int loaded_columns = lanes<Scalar> != 1 && sizeof(Packet<Scalar>) > 16
                                           ? 16 / int(sizeof(Scalar))
                                           : 0;
 

@@ -102,8 +102,8 @@ SURFATTN_ALWAYS_INLINE Index pack_whole_columns(MatrixView<const Source> source,
   Index c = 0;
   if constexpr (std::is_same_v<Scalar, Source> && loaded_columns<Scalar> != 0) {
     constexpr int count = loaded_columns<Scalar>;
-    const bool are_contiguous = source.col_stride == 1 && source.rows - first >= lanes<Scalar>;
-    for (; are_contiguous && c + count <= source.cols; c += count) {
+    const bool can_load = source.col_stride == 1 && source.rows - first >= lanes<Scalar>;
+    for (; can_load && c + count <= source.cols; c += count) {
       Packet<Scalar> columns[count];
       load_columns(source.row(first) + c, source.row_stride, columns);
       SURFATTN_UNROLL
