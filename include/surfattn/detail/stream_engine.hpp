@@ -128,7 +128,7 @@ class StreamTask {
   /// All keys are one run: each head is finished and written before the next.
   void run_once(const SoftmaxRows<Accumulator>& outs, const ForwardOutputs<Scalar>& outputs) {
     for (Index head = 0; head < shape_.key_value_heads; ++head) {
-      look_ahead_to_head(head + 1);
+      look_ahead_to_head(head + 1, outputs.out);
       outs.softmax.reset(rows());
       const Coverage coverage = weigh(head, 0, shape_.keys, outs);
       normalise(head, coverage, outs, outputs);
@@ -151,28 +151,39 @@ class StreamTask {
   }
 
  private:
-  /// These rows are read from memory while `visits` visits are computed.
-  void look_ahead(MatrixView<const Scalar> keys, MatrixView<const Scalar> values, Index visits) {
-    const auto ahead = [&](MatrixView<const Scalar> rows) {
-      constexpr Index line = 64 / static_cast<Index>(sizeof(Scalar));
-      return simd::RowsAhead<Scalar>(rows, blocks(rows.cols, line * visits));
-    };
-    keys_ahead_ = ahead(keys);
-    if (!operands_.values_are_keys) values_ahead_ = ahead(values);
-  }
-
   /// The next run comes from memory while one is computed, for all heads.
   void look_ahead_to_run(Index first_key, Index wanted) {
     if (wanted == 0) return;
+    const auto ahead = [&](MatrixView<const Scalar> rows) {
+      constexpr Index line = 64 / static_cast<Index>(sizeof(Scalar));
+      return simd::RowsAhead<Scalar>(rows, blocks(rows.cols, line * shape_.key_value_heads));
+    };
     const auto next = operands_.segment_of(first_key, operands_.run_of_keys(first_key, wanted));
-    look_ahead(next.keys, next.values, shape_.key_value_heads);
+    keys_ahead_.at_steps = ahead(next.keys);
+    if (!operands_.values_are_keys) values_ahead_.at_steps = ahead(next.values);
   }
 
-  /// Where one run is all, the next head comes from memory while one is computed.
-  void look_ahead_to_head(Index head) {
-    if (head == shape_.key_value_heads) return;
-    look_ahead(operands_.keys_of(head, 0, shape_.keys), operands_.values_of(head, 0, shape_.keys),
-               1);
+  /// Where one run is all, the next head comes from memory while one is computed: all that it reads,
+  /// and what it writes, which is read as well. After the last it is the first of the next sequence,
+  /// whose rows follow in memory.
+  void look_ahead_to_head(Index head, MatrixView<Scalar> out) {
+    const Index queries_left = shape_.packed_queries - shape_.first_query - shape_.queries;
+    const Index keys_left = shape_.packed_keys - shape_.first_key - shape_.keys;
+    const auto of_head = [&](MatrixView<const Scalar> rows, Index left) {
+      const Index width = rows.cols / shape_.key_value_heads;
+      if (head < shape_.key_value_heads) return rows.block_cols(head * width, width);
+      const Index count = std::max<Index>(0, std::min(rows.rows, left));
+      return rows.block_rows(rows.rows, count).block_cols(0, width);
+    };
+    const auto segment = operands_.segment_of(0, shape_.keys);
+    const MatrixView<const Scalar> none{};
+    keys_ahead_.between_blocks = {
+        of_head(segment.keys, keys_left),
+        queries_lie_ready() ? of_head(operands_.queries, queries_left) : none,
+        rows() * shape_.keys};
+    values_ahead_.between_blocks = {
+        operands_.values_are_keys ? none : of_head(segment.values, keys_left),
+        of_head(out, queries_left), rows() * shape_.value_dim};
   }
 
   /// The weights of one run of keys of one key/value head, for all query heads that share it; none
@@ -331,7 +342,7 @@ class StreamTask {
   const Shape& shape_;
   const Terms& terms_;
   StreamBuffers<Accumulator>& buffers_;
-  simd::RowsAhead<Scalar> keys_ahead_, values_ahead_;
+  simd::AskAhead<Scalar> keys_ahead_, values_ahead_;
 };
 
 /// O = W·V and log_sum_exp of few queries: the items of one sequence that fall to one worker.

@@ -55,6 +55,55 @@ class RowsAhead {
   Index lines_ = 0;
 };
 
+/// Asks for the rows of two matrices that the next of several products needs, while one is computed:
+/// as many of them before each block of it as the block is a part of the product. Whole rows, which
+/// begin far from each other, line after line: the loops of the blocks stay as they are.
+template <class Source>
+class ProductAhead {
+ public:
+  ProductAhead() = default;
+  /// `size`: the numbers of the product that is computed meanwhile.
+  ProductAhead(MatrixView<const Source> a, MatrixView<const Source> b, Index size)
+      : a_(a), b_(b), rows_(std::max(a.rows, b.rows)), size_(size) {}
+
+  /// Before a block of so many numbers of the product.
+  SURFATTN_ALWAYS_INLINE void begin_block(Index numbers) {
+    done_ += numbers;
+    for (; asked_ * size_ < done_ * rows_; ++asked_) {
+      ask_row(a_, asked_);
+      ask_row(b_, asked_);
+    }
+  }
+
+ private:
+  /// Inlined: compilers take a function that only prefetches for one without effect, and drop the call.
+  SURFATTN_ALWAYS_INLINE static void ask_row(MatrixView<const Source> rows, Index row) {
+    if (row >= rows.rows || rows.col_stride != 1) return;
+    constexpr Index line = std::max<Index>(1, 64 / static_cast<Index>(sizeof(Source))), some = 4;
+    const Source* const first = rows.row(row);
+    Index c = 0;
+    for (; c + some * line <= rows.cols; c += some * line) {
+      SURFATTN_UNROLL
+      for (Index i = 0; i < some; ++i) __builtin_prefetch(first + c + i * line, 0, 1);
+    }
+    for (; c < rows.cols; c += line) __builtin_prefetch(first + c, 0, 1);
+  }
+
+  MatrixView<const Source> a_{}, b_{};
+  Index rows_ = 0, size_ = 0, asked_ = 0, done_ = 0;
+};
+
+/// What is asked for during a product: lines at its steps, or rows between its blocks.
+template <class Source>
+struct AskAhead {
+  RowsAhead<Source> at_steps;
+  ProductAhead<Source> between_blocks;
+
+  Index lines_of(Index keys, Index steps) const { return at_steps.lines_of(keys, steps); }
+  SURFATTN_ALWAYS_INLINE void ask(Index lines) { at_steps.ask(lines); }
+  SURFATTN_ALWAYS_INLINE void begin_block(Index numbers) { between_blocks.begin_block(numbers); }
+};
+
 /// Products of `Rows` queries with `Keys` keys on their way, and, `with_norms`, of each key with
 /// itself.
 template <int Rows, int Keys, bool with_norms, class Scalar>
@@ -105,6 +154,7 @@ struct DotSums {
 template <int Rows, int Keys, bool with_norms, class Scalar, class Source, class Ahead>
 SURFATTN_ALWAYS_INLINE void dot_block(RowsOperand<Scalar> q, MatrixView<const Source> keys,
                                       Tile<Scalar> out, Scalar* norms, Ahead& ahead, Index lines) {
+  ahead.begin_block(Rows * Keys);
   DotSums<Rows, Keys, with_norms, Scalar> sums;
   Index c = 0;
   for (; keys.col_stride == 1 && c + lanes<Scalar> <= keys.cols; c += lanes<Scalar>) {
@@ -197,6 +247,7 @@ struct RowsResult {
 template <int Rows, int Packets, class Scalar, class Source, class Ahead>
 SURFATTN_ALWAYS_INLINE void rows_block(RowsOperand<Scalar> a, MatrixView<const Source> b,
                                        RowsResult<Scalar> c, Ahead& ahead, Index lines) {
+  ahead.begin_block(Rows * Packets * lanes<Scalar>);
   Packet<Scalar> sums[Rows][Packets];
   SURFATTN_UNROLL
   for (int i = 0; i < Rows; ++i) {
