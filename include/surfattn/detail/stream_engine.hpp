@@ -127,8 +127,9 @@ class StreamTask {
 
   /// All keys are one run: each head is finished and written before the next.
   void run_once(const SoftmaxRows<Accumulator>& outs, const ForwardOutputs<Scalar>& outputs) {
+    const bool is_cached = batch_is_cached();
     for (Index head = 0; head < shape_.key_value_heads; ++head) {
-      look_ahead_to_head(head + 1, outputs.out);
+      if (!is_cached) look_ahead_to_head(head + 1, outputs.out);
       outs.softmax.reset(rows());
       const Coverage coverage = weigh(head, 0, shape_.keys, outs);
       normalise(head, coverage, outs, outputs);
@@ -161,6 +162,16 @@ class StreamTask {
     const auto next = operands_.segment_of(first_key, operands_.run_of_keys(first_key, wanted));
     keys_ahead_.at_steps = ahead(next.keys);
     if (!operands_.values_are_keys) values_ahead_.at_steps = ahead(next.values);
+  }
+
+  /// Whether all that a batch reads and writes is so little that a cache still holds what was made
+  /// just before, as a rule; to ask for that costs up to a fifth of the time.
+  bool batch_is_cached() const {
+    constexpr Index most = (Index(1) << 23) / static_cast<Index>(sizeof(Scalar));
+    const Index width = shape_.head_dim + shape_.value_dim;
+    return width * (shape_.packed_queries * shape_.query_heads +
+                    shape_.packed_keys * shape_.key_value_heads) <=
+           most;
   }
 
   /// Where one run is all, the next head comes from memory while one is computed: all that it reads,
