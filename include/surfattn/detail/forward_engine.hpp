@@ -75,11 +75,12 @@ class ForwardTask {
 
   /// Norms of queries are formed while their rows are in the first-level cache.
   void load_queries(bool with_offsets) {
+    constexpr Index some = simd::rounded_up(64, simd::left_width<packed_t<Scalar>>);
     buffers_.outs.reset(shape_.group() * buffers_.member_rows);
     for (Index member = 0; member < shape_.group(); ++member) {
       const Index head = first_head() + member;
       for (Index i = 0, count; i < queries_; i += count) {
-        count = std::min(tiling_.query_tile, queries_ - i);
+        count = std::min(some, queries_ - i);
         const Index row = member * buffers_.member_rows + i, query = first_query_ + i;
         simd::pack_left(operands_.query_head(head).block_rows(query, count), log2_scale(operands_),
                         buffers_.queries + row * buffers_.depth);
