@@ -82,11 +82,20 @@ struct Operands {
     return {whole.keys.block_rows(row, count), whole.values.block_rows(row, count),
             whole.log_prior.block_rows(row, count)};
   }
+
+  /// The same of one head, and what is shared by all. From the parts alone: a whole segment would be
+  /// copied in memory for each, see simd/streaming.hpp.
   MatrixView<const Scalar> keys_of(Index head, Index first, Index count) const {
-    return head_of_keys(segment_of(first, count).keys, head);
+    const auto& rows = first < keys.rows ? keys : more.keys;
+    return head_of_keys(rows, head).block_rows(first_in_segment(first), count);
   }
   MatrixView<const Scalar> values_of(Index head, Index first, Index count) const {
-    return head_of_values(segment_of(first, count).values, head);
+    const auto& rows = first < keys.rows ? values : more.values;
+    return head_of_values(rows, head).block_rows(first_in_segment(first), count);
+  }
+  MatrixView<const Accumulator> log_prior_of(Index first, Index count) const {
+    const auto& rows = first < keys.rows ? log_prior : more.log_prior;
+    return rows.block_rows(first_in_segment(first), count);
   }
 
   /// The problem of one sequence of the batch.
@@ -102,10 +111,13 @@ struct Operands {
   }
 
  private:
-  MatrixView<const Scalar> head_of_keys(MatrixView<const Scalar> rows, Index head) const {
+  Index first_in_segment(Index first) const {
+    return first < keys.rows ? first : first - keys.rows;
+  }
+  MatrixView<const Scalar> head_of_keys(const MatrixView<const Scalar>& rows, Index head) const {
     return rows.block_cols(head * shape.head_dim, shape.head_dim);
   }
-  MatrixView<const Scalar> head_of_values(MatrixView<const Scalar> rows, Index head) const {
+  MatrixView<const Scalar> head_of_values(const MatrixView<const Scalar>& rows, Index head) const {
     return rows.block_cols(head * (values_are_keys ? shape.head_dim : shape.value_dim),
                            shape.value_dim);
   }

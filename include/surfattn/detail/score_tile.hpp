@@ -28,7 +28,7 @@ void finish_key_bias(const Operands<Scalar>& operands, Index head, Index first, 
       bias[j] *= operands.key_norm_weight * simd::log2_e<Accumulator>;
   }
   if (!operands.log_prior.data) return;
-  const auto log_prior = operands.segment_of(first, keys).log_prior;
+  const auto log_prior = operands.log_prior_of(first, keys);
   for (Index j = 0; j < keys; ++j)
     bias[j] += static_cast<Accumulator>(log_prior(j, head)) * simd::log2_e<Accumulator>;
 }

@@ -15,6 +15,10 @@
 /// tokens at a time, each row once for all query heads that share it: for the score, and while it
 /// is still in the cache for the output. Where the values are the keys that is half as much to
 /// read. The parts are merged by their log-sum-exp.
+///
+/// That order is what makes it fast: the prefetchers of the hardware then run ahead as they do for a
+/// plain loop over the same memory, and reach what software prefetches cannot, of which a core has
+/// few under way at a time.
 namespace surfattn::detail {
 
 /// How a sequence of few queries is shared out: one item for each part of the keys.
@@ -66,21 +70,26 @@ struct StreamBuffers {
   Index query_stride;
   Index score_stride;
   Accumulator* queries;
+  Index bias_stride;
   Accumulator* key_bias;
-  Accumulator* value_panels;
+  Accumulator* packed_rows;  ///< of a step that cannot be used as they lie
   Accumulator* scores;
   Index* non_finite_values;
+  Coverage* coverage;             ///< of the run at hand, for each key/value head
   SoftmaxRows<Accumulator> outs;  ///< of a sequence that is not cut into parts
 
   StreamBuffers(Arena& arena, const Shape& shape, Index run)
       : query_stride(simd::padded<Accumulator>(shape.head_dim)),
-        score_stride(detail::score_stride<Accumulator>(run)) {
+        score_stride(detail::score_stride<Accumulator>(run)),
+        bias_stride(simd::padded<Accumulator>(run)) {
     const Index rows = shape.query_heads * shape.queries;
     queries = arena.take<Accumulator>(rows * query_stride);
-    key_bias = arena.take<Accumulator>(simd::padded<Accumulator>(run));
-    value_panels = arena.take<Accumulator>(run * simd::padded<Accumulator>(shape.value_dim));
-    scores = arena.take<Accumulator>(shape.group() * shape.queries * score_stride);
+    key_bias = arena.take<Accumulator>(shape.key_value_heads * bias_stride);
+    packed_rows = arena.take<Accumulator>(
+        run * simd::padded<Accumulator>(std::max(shape.head_dim, shape.value_dim)));
+    scores = arena.take<Accumulator>(rows * score_stride);
     non_finite_values = arena.take<Index>(run);
+    coverage = arena.take<Coverage>(shape.key_value_heads);
     outs = SoftmaxRows<Accumulator>(arena, rows, shape.value_dim);
   }
 };
@@ -113,7 +122,12 @@ class StreamTask {
  public:
   StreamTask(const Operands<Scalar>& operands, const Terms& terms,
              StreamBuffers<Accumulator>& buffers)
-      : operands_(operands), shape_(operands.shape), terms_(terms), buffers_(buffers) {
+      : operands_(operands),
+        shape_(operands.shape),
+        terms_(terms),
+        buffers_(buffers),
+        group_(shape_.group()),
+        rows_(group_ * shape_.queries) {
     for (Index head = 0; head < shape_.query_heads && !queries_lie_ready(); ++head) {
       simd::pack_rows(operands_.query_head(head), Accumulator(1),
                       buffers_.queries + head * shape_.queries * buffers_.query_stride);
@@ -127,11 +141,15 @@ class StreamTask {
 
   /// All keys are one run: each head is finished and written before the next.
   void run_once(const SoftmaxRows<Accumulator>& outs, const ForwardOutputs<Scalar>& outputs) {
-    const bool is_cached = batch_is_cached();
+    const bool asks_ahead = takes_blocks() && !batch_is_cached();
     for (Index head = 0; head < shape_.key_value_heads; ++head) {
-      if (!is_cached) look_ahead_to_head(head + 1, outputs.out);
-      outs.softmax.reset(rows());
-      const Coverage coverage = weigh(head, 0, shape_.keys, outs);
+      if (asks_ahead) look_ahead_to_head(head + 1, outputs.out);
+      outs.softmax.reset(rows_);
+      const Coverage coverage = coverage_of_all(head, 0, shape_.keys);
+      if (coverage != Coverage::empty) {
+        multiply_keys(head, 1, 0, 0, shape_.keys);
+        weigh(head, 0, shape_.keys, coverage, outs);
+      }
       normalise(head, coverage, outs, outputs);
       write_values(head, coverage, outs, outputs);
     }
@@ -142,26 +160,26 @@ class StreamTask {
     const Index end = first_key + keys;
     for (Index key = first_key, count; key < end; key += count) {
       count = operands_.run_of_keys(key, std::min(run, end - key));
-      look_ahead_to_run(key + count, std::min(run, end - key - count));
-      for (Index head = 0; head < shape_.key_value_heads; ++head) {
-        const auto outs_of_head = outs.from(head * rows());
-        const Coverage coverage = weigh(head, key, count, outs_of_head);
-        if (coverage != Coverage::empty) add_values(head, key, count, coverage, outs_of_head);
-      }
+      if (takes_blocks()) look_ahead_to_run(key + count, std::min(run, end - key - count), count);
+      const Index heads = takes_blocks() ? 1 : shape_.key_value_heads;
+      for (Index head = 0; head < shape_.key_value_heads; head += heads)
+        visit_run({head, head + heads}, key, count, outs);
     }
   }
 
  private:
+  /// Whether queries are taken several at a time. They then take longer than the memory of their keys
+  /// and ask for it ahead; single ones leave that to the hardware.
+  bool takes_blocks() const { return rows_ >= simd::fewest_rows_of_blocks; }
+
   /// The next run comes from memory while one is computed, for all heads.
-  void look_ahead_to_run(Index first_key, Index wanted) {
+  void look_ahead_to_run(Index first_key, Index wanted, Index keys) {
     if (wanted == 0) return;
-    const auto ahead = [&](MatrixView<const Scalar> rows) {
-      constexpr Index line = 64 / static_cast<Index>(sizeof(Scalar));
-      return simd::RowsAhead<Scalar>(rows, blocks(rows.cols, line * shape_.key_value_heads));
-    };
     const auto next = operands_.segment_of(first_key, operands_.run_of_keys(first_key, wanted));
-    keys_ahead_.at_steps = ahead(next.keys);
-    if (!operands_.values_are_keys) values_ahead_.at_steps = ahead(next.values);
+    const MatrixView<const Scalar> none{};
+    keys_ahead_ = {next.keys, none, shape_.key_value_heads * rows_ * keys};
+    if (!operands_.values_are_keys)
+      values_ahead_ = {next.values, none, shape_.key_value_heads * rows_ * shape_.value_dim * keys};
   }
 
   /// Whether all that a batch reads and writes is so little that a cache still holds what was made
@@ -188,87 +206,188 @@ class StreamTask {
     };
     const auto segment = operands_.segment_of(0, shape_.keys);
     const MatrixView<const Scalar> none{};
-    keys_ahead_.between_blocks = {
-        of_head(segment.keys, keys_left),
-        queries_lie_ready() ? of_head(operands_.queries, queries_left) : none,
-        rows() * shape_.keys};
-    values_ahead_.between_blocks = {
-        operands_.values_are_keys ? none : of_head(segment.values, keys_left),
-        of_head(out, queries_left), rows() * shape_.value_dim};
+    keys_ahead_ = {of_head(segment.keys, keys_left),
+                   queries_lie_ready() ? of_head(operands_.queries, queries_left) : none,
+                   rows_ * shape_.keys};
+    values_ahead_ = {operands_.values_are_keys ? none : of_head(segment.values, keys_left),
+                     of_head(out, queries_left), rows_ * shape_.value_dim * shape_.keys};
   }
 
-  /// The weights of one run of keys of one key/value head, for all query heads that share it; none
-  /// where no query sees a key.
-  Coverage weigh(Index head, Index first_key, Index keys, const SoftmaxRows<Accumulator>& outs) {
-    if (rows() == 0 || keys == 0) return Coverage::empty;  // no tile to ask the masks about
-    const Coverage coverage = coverage_of_all(head, first_key, keys);
-    if (coverage == Coverage::empty) return coverage;
-    score(head, first_key, keys, coverage);
-    outs.take_weights(0, rows(), keys, scores(0));
-    for (Index member = 0; member < shape_.group(); ++member)
-      terms_.drop(tile_of(head, member, first_key, keys), scores(member));
-    return coverage;
-  }
+  /// Key/value heads [first, last).
+  struct Heads {
+    Index first, last;
+  };
 
-  /// Rows of one key/value head.
-  Index rows() const { return shape_.group() * shape_.queries; }
-  Index head_of(Index head, Index row) const {
-    return head * shape_.group() + row / shape_.queries;
-  }
-
-  void score(Index head, Index first_key, Index keys, Coverage coverage) {
-    const bool has_norms = operands_.key_norm_weight != Accumulator(0);
-    simd::set_dot_products<Accumulator>(rows(), queries_of(head),
-                                        operands_.keys_of(head, first_key, keys), scores(0),
-                                        has_norms ? buffers_.key_bias : nullptr, keys_ahead_);
-    if (!has_norms) std::fill_n(buffers_.key_bias, keys, Accumulator(0));
-    finish_key_bias(operands_, head, first_key, keys, buffers_.key_bias);
-    for (Index row = 0; row < rows(); ++row) {
-      simd::scale_and_add_row(buffers_.key_bias, log2_scale(operands_), scores(0).from(row).data,
-                              keys);
+  /// Some heads against one run of keys: all its scores, then their weights, then what these add to
+  /// the output.
+  void visit_run(Heads heads, Index first_key, Index keys, const SoftmaxRows<Accumulator>& outs) {
+    for (Index head = heads.first; head < heads.last; ++head)
+      buffers_.coverage[head] = coverage_of_all(head, first_key, keys);
+    each_step(heads, keys, [&](Index head, Index count_of_heads, Index first, Index count) {
+      multiply_keys(head, count_of_heads, first_key, first, count);
+    });
+    for (Index head = heads.first; head < heads.last; ++head) {
+      const Coverage coverage = buffers_.coverage[head];
+      if (coverage != Coverage::empty)
+        weigh(head, first_key, keys, coverage, outs.from(head * rows_));
     }
-    for (Index member = 0; member < shape_.group(); ++member) {
+    each_step(heads, keys, [&](Index head, Index count_of_heads, Index first, Index count) {
+      add_values(head, count_of_heads, first_key, first, count, outs.from(head * rows_));
+    });
+  }
+
+  /// Calls use(head, count) for those of which queries see keys of the run, as many neighbours at a time
+  /// as there are.
+  template <class Use>
+  void each_group_in_sight(Heads heads, const Use& use) const {
+    const auto is_in_sight = [&](Index head) {
+      return head < heads.last && buffers_.coverage[head] != Coverage::empty;
+    };
+    for (Index head = heads.first, end; head < heads.last; head = end + 1) {
+      for (end = head; is_in_sight(end);) ++end;
+      if (head < end) use(head, end - head);
+    }
+  }
+
+  /// Calls use(head, count_of_heads, first, count) for the keys [first, first + count) of a run. With
+  /// one or few queries as many tokens at a time as leave the first-level cache room for their rows of
+  /// all heads; more of them spend their time on sums, which long steps save from being stored.
+  template <class Use>
+  void each_step(Heads heads, Index keys, const Use& use) const {
+    constexpr Index fewest = 8, budget = (Index(1) << 15) / static_cast<Index>(sizeof(Scalar));
+    const Index width = shape_.key_value_heads * std::max(shape_.head_dim, shape_.value_dim);
+    const Index few = std::max(fewest, budget / std::max<Index>(width, 1) / fewest * fewest);
+    const Index step = takes_blocks() ? keys : few;
+    for (Index first = 0; first < keys; first += step) {
+      const Index count = std::min(step, keys - first);
+      each_group_in_sight(heads, [&](Index head, Index count_of_heads) {
+        use(head, count_of_heads, first, count);
+      });
+    }
+  }
+
+  /// q_i·k_j of some key/value heads and all query heads that share them, and ‖k_j‖² where the norms
+  /// count, for the keys [first, first + count) of a run.
+  void multiply_keys(Index head, Index heads, Index first_key, Index first, Index count) {
+    const auto rows = operands_.keys_of(head, first_key + first, count);
+    if (rows.col_stride == 1)
+      return multiply_rows(head, heads, first, count, rows.data, rows.row_stride);
+    const Index stride = simd::padded<Accumulator>(shape_.head_dim);
+    for (const Index end = head + heads; head < end; ++head) {
+      simd::pack_rows(operands_.keys_of(head, first_key + first, count), Accumulator(1),
+                      buffers_.packed_rows);
+      multiply_rows<Accumulator>(head, 1, first, count, buffers_.packed_rows, stride);
+    }
+  }
+
+  template <class Source>
+  void multiply_rows(Index head, Index heads, Index first, Index count, const Source* keys,
+                     Index stride) {
+    const bool has_norms = operands_.key_norm_weight != Accumulator(0);
+    simd::set_dot_products<Accumulator, Source>(
+        {heads,
+         rows_,
+         count,
+         shape_.head_dim,
+         queries_from(head),
+         {{keys, stride}, shape_.head_dim},
+         {{scores(head, 0, first).data, buffers_.score_stride}, rows_ * buffers_.score_stride},
+         has_norms ? key_bias(head) + first : nullptr,
+         buffers_.bias_stride},
+        keys_ahead_);
+  }
+
+  /// The weights of one run of keys of one key/value head, for all query heads that share it.
+  void weigh(Index head, Index first_key, Index keys, Coverage coverage,
+             const SoftmaxRows<Accumulator>& outs) {
+    finish_products(head, first_key, keys, coverage);
+    outs.take_weights(0, rows_, keys, scores(head));
+    for (Index member = 0; member < group_; ++member)
+      terms_.drop(tile_of(head, member, first_key, keys), scores(head, member));
+  }
+
+  Index head_of(Index head, Index row) const { return head * group_ + row / shape_.queries; }
+
+  /// Products → scores.
+  void finish_products(Index head, Index first_key, Index keys, Coverage coverage) {
+    Accumulator* const bias = key_bias(head);
+    if (operands_.key_norm_weight == Accumulator(0)) std::fill_n(bias, keys, Accumulator(0));
+    finish_key_bias(operands_, head, first_key, keys, bias);
+    for (Index row = 0; row < rows_; ++row) {
+      simd::scale_and_add_row(bias, log2_scale(operands_), scores(head).from(row).data, keys);
+    }
+    for (Index member = 0; member < group_; ++member) {
       const Tile tile = tile_of(head, member, first_key, keys);
-      finish_scores(operands_, terms_, tile, scores(member));
+      finish_scores(operands_, terms_, tile, scores(head, member));
       if (coverage == Coverage::full) continue;
-      terms_.hide(tile, scores(member).data, buffers_.score_stride,
+      terms_.hide(tile, scores(head, member).data, buffers_.score_stride,
                   simd::minus_infinity<Accumulator>);
     }
   }
 
-  /// O += W·V. The rows are still in the first-level cache where values are keys.
-  void add_values(Index head, Index first_key, Index keys, Coverage coverage,
+  /// O += W·V of some key/value heads for the keys [first, first + count) of a run; `outs` is of the
+  /// first.
+  void add_values(Index head, Index heads, Index first_key, Index first, Index count,
                   const SoftmaxRows<Accumulator>& outs) {
-    const auto value_rows = operands_.values_of(head, first_key, keys);
-    if (can_be_read_in_place(value_rows, coverage)) {
-      simd::rows_product<Accumulator>(rows(), left_operand<false>(scores(0)), value_rows,
-                                      {outs.out, outs.stride, simd::Store::add}, values_ahead_);
+    const Coverage* const coverage = buffers_.coverage + head;
+    const bool see_all = std::all_of(coverage, coverage + heads,
+                                     [](Coverage seen) { return seen == Coverage::full; });
+    if (see_all && heads > 1 && operands_.values.col_stride == 1) {
+      multiply_values(head, heads, first, operands_.values_of(head, first_key + first, count),
+                      simd::Store::add, {outs.out, outs.stride});
       return;
     }
-    const auto values = pack_row_operand(value_rows, Accumulator(1), buffers_.value_panels,
-                                         buffers_.non_finite_values);
-    for (Index member = 0; member < shape_.group(); ++member) {
-      add_weighted_rows<false>(terms_, tile_of(head, member, first_key, keys), scores(member),
-                               values, 0, outs.tile(member * shape_.queries));
+    for (Index h = 0; h < heads; ++h)
+      add_values_of_head(head + h, coverage[h], first_key, first, count, outs.from(h * rows_));
+  }
+
+  void add_values_of_head(Index head, Coverage coverage, Index first_key, Index first, Index count,
+                          const SoftmaxRows<Accumulator>& outs) {
+    const auto value_rows = operands_.values_of(head, first_key + first, count);
+    if (can_be_read_in_place(value_rows, coverage)) {
+      multiply_values(head, 1, first, value_rows, simd::Store::add, {outs.out, outs.stride});
+      return;
     }
+    const auto values = pack_row_operand(value_rows, Accumulator(1), buffers_.packed_rows,
+                                         buffers_.non_finite_values);
+    for (Index member = 0; member < group_; ++member) {
+      add_weighted_rows<false>(terms_, tile_of(head, member, first_key + first, count),
+                               scores(head, member, first), values, 0,
+                               outs.tile(member * shape_.queries));
+    }
+  }
+
+  /// W·V of some key/value heads, where `values` are the rows of the first and `out` its results.
+  void multiply_values(Index head, Index heads, Index first, const MatrixView<const Scalar>& values,
+                       simd::Store mode, simd::ContiguousRows<Accumulator> out) {
+    simd::set_rows_products<Accumulator, Scalar>(
+        {mode,
+         heads,
+         rows_,
+         values.rows,
+         shape_.value_dim,
+         {{scores(head, 0, first).data, buffers_.score_stride}, rows_ * buffers_.score_stride},
+         {{values.data, values.row_stride}, value_head_stride()},
+         {out, rows_ * out.stride}},
+        values_ahead_);
   }
 
   /// W·V of a head whose keys are one run, in the buffer.
   void sum_values(Index head, Coverage coverage, const SoftmaxRows<Accumulator>& outs) {
-    outs.reset_out(rows());
-    if (coverage != Coverage::empty) add_values(head, 0, shape_.keys, coverage, outs);
+    outs.reset_out(rows_);
+    if (coverage != Coverage::empty) add_values_of_head(head, coverage, 0, 0, shape_.keys, outs);
   }
 
   /// W ← W/l of a head whose keys are one run, and its log-sum-exp.
   void normalise(Index head, Coverage coverage, const SoftmaxRows<Accumulator>& outs,
                  const ForwardOutputs<Scalar>& outputs) {
     const Index weights = coverage == Coverage::empty ? 0 : simd::padded<Accumulator>(shape_.keys);
-    for (Index row = 0; row < rows(); ++row) {
-      Accumulator* const weighed = scores(0).from(row).data;
+    for (Index row = 0; row < rows_; ++row) {
+      Accumulator* const weighed = scores(head).from(row).data;
       outs.include_sinks(row, terms_, head_of(head, row), weighed, weights);
       simd::scale_row(weighed, weights, outs.softmax.normaliser(row));
     }
-    for (Index row = 0; outputs.log_sum_exp && row < rows(); row += shape_.queries) {
+    for (Index row = 0; outputs.log_sum_exp && row < rows_; row += shape_.queries) {
       outs.template load_offsets<Terms>(row, operands_, head_of(head, row), 0, shape_.queries);
       outs.write_log_sum_exp(row, outputs, head_of(head, row), 0, shape_.queries);
     }
@@ -282,16 +401,14 @@ class StreamTask {
       const auto value_rows = operands_.values_of(head, 0, shape_.keys);
       if (coverage != Coverage::empty && lie_ready(outputs.out) &&
           can_be_read_in_place(value_rows, coverage)) {
-        simd::rows_product<Accumulator>(
-            rows(), left_operand<false>(scores(0)), value_rows,
-            {outputs.out.block_cols(head * shape_.group() * width, width).data,
-             row_distance(outputs.out), simd::Store::set},
-            values_ahead_);
+        multiply_values(
+            head, 1, 0, value_rows, simd::Store::set,
+            {outputs.out.block_cols(head * group_ * width, width).data, row_distance(outputs.out)});
         return;
       }
     }
     sum_values(head, coverage, outs);
-    for (Index row = 0; row < rows(); ++row) {
+    for (Index row = 0; row < rows_; ++row) {
       simd::write_row<simd::Store::set>(outs.tile(row).data, Accumulator(1),
                                         outputs.out.block_cols(head_of(head, row) * width, width),
                                         row % shape_.queries);
@@ -304,38 +421,46 @@ class StreamTask {
   bool lie_ready(MatrixView<Stored> matrix) const {
     return std::is_same_v<Scalar, Accumulator> && matrix.col_stride == 1 &&
            matrix.cols / shape_.query_heads % simd::lanes<Accumulator> == 0 &&
-           (shape_.group() == 1 || shape_.queries == 1);
+           (group_ == 1 || shape_.queries == 1);
   }
   template <class Stored>
   Index row_distance(MatrixView<Stored> matrix) const {
-    return shape_.group() == 1 ? matrix.row_stride : matrix.cols / shape_.query_heads;
+    return group_ == 1 ? matrix.row_stride : matrix.cols / shape_.query_heads;
   }
   bool queries_lie_ready() const { return lie_ready(operands_.queries); }
 
-  /// The queries of one key/value head, without the scale.
-  simd::RowsOperand<Accumulator> queries_of(Index head) const {
+  /// The queries of the key/value heads from `head` on, without the scale.
+  simd::HeadRows<const Accumulator> queries_from(Index head) const {
     if constexpr (std::is_same_v<Scalar, Accumulator>) {
-      if (queries_lie_ready())
-        return {operands_.query_head(head * shape_.group()).data, row_distance(operands_.queries)};
+      if (queries_lie_ready()) {
+        return {{operands_.query_head(head * group_).data, row_distance(operands_.queries)},
+                group_ * shape_.head_dim};
+      }
     }
-    return {buffers_.queries + head * rows() * buffers_.query_stride, buffers_.query_stride};
+    const Index stride = buffers_.query_stride;
+    return {{buffers_.queries + head * rows_ * stride, stride}, rows_ * stride};
   }
 
-  /// Values can be used as they lie where they are whole contiguous packets. Behind a mask they must
-  /// be finite besides, since 0·NaN is NaN; without one every value is seen.
-  static bool can_be_read_in_place(MatrixView<const Scalar> values, Coverage coverage) {
-    if (values.col_stride != 1 || values.cols % simd::lanes<Accumulator> != 0) return false;
+  Index value_head_stride() const {
+    return operands_.values_are_keys ? shape_.head_dim : shape_.value_dim;
+  }
+
+  /// Values can be used as they lie where their rows are contiguous. Behind a mask they must be finite
+  /// besides, since 0·NaN is NaN; without one every value is seen.
+  static bool can_be_read_in_place(const MatrixView<const Scalar>& values, Coverage coverage) {
+    if (values.col_stride != 1) return false;
     return coverage == Coverage::full || simd::are_finite<Accumulator>(values);
   }
 
   /// The tile of one of the query heads that share a key/value head.
   Tile tile_of(Index head, Index member, Index first_key, Index keys) const {
-    return {head * shape_.group() + member, 0, shape_.queries, first_key, keys};
+    return {head * group_ + member, 0, shape_.queries, first_key, keys};
   }
 
   Coverage coverage_of_all(Index head, Index first_key, Index keys) const {
+    if (rows_ == 0 || keys == 0) return Coverage::empty;  // no tile to ask the masks about
     bool all_empty = true, all_full = true;
-    for (Index member = 0; member < shape_.group(); ++member) {
+    for (Index member = 0; member < group_; ++member) {
       const Coverage coverage = terms_.coverage(tile_of(head, member, first_key, keys));
       all_empty = all_empty && coverage == Coverage::empty;
       all_full = all_full && coverage == Coverage::full;
@@ -343,17 +468,23 @@ class StreamTask {
     return all_empty ? Coverage::empty : all_full ? Coverage::full : Coverage::partial;
   }
 
-  /// The scores of one member of the group of query heads, and of those after it.
-  simd::Tile<Accumulator> scores(Index member) const {
-    return {buffers_.scores + member * shape_.queries * buffers_.score_stride,
-            buffers_.score_stride};
+  /// The scores, from the one with key `first` of a run on, of one member of the query heads that
+  /// share a key/value head, and of those after it.
+  simd::Tile<Accumulator> scores(Index head, Index member = 0, Index first = 0) const {
+    const Index row = head * rows_ + member * shape_.queries;
+    return {buffers_.scores + row * buffers_.score_stride + first, buffers_.score_stride};
+  }
+  Accumulator* key_bias(Index head) const {
+    return buffers_.key_bias + head * buffers_.bias_stride;
   }
 
   const Operands<Scalar>& operands_;
   const Shape& shape_;
   const Terms& terms_;
   StreamBuffers<Accumulator>& buffers_;
-  simd::AskAhead<Scalar> keys_ahead_, values_ahead_;
+  simd::ProductAhead<Scalar> keys_ahead_, values_ahead_;
+  Index group_;  ///< query heads that share a key/value head
+  Index rows_;   ///< of one key/value head
 };
 
 /// O = W·V and log_sum_exp of few queries: the items of one sequence that fall to one worker.

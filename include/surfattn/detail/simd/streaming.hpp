@@ -10,262 +10,432 @@
 
 /// With few queries, every key and value is used a few times only and packing it would cost more
 /// than using it. These functions read each row once, from memory, in its natural layout.
+///
+/// How fast they read depends on how far the processor works ahead, and so on how few instructions
+/// there are for each line of memory and on that no address waits for what was loaded before:
+/// - They take what they are told by reference. A copy that is assembled in memory from parts is read
+///   again when the parts have left the store buffer, which is not before all earlier loads have
+///   arrived.
+/// - Loops are small functions of their own. In a large one compilers run out of registers for
+///   addresses and keep some in vector registers, where they queue behind sums that wait for memory.
 namespace surfattn::detail::simd {
 
-/// Asks for rows that are needed later, cache line by cache line and in the order of memory, in
-/// which the prefetchers of the hardware follow: `lines` of them for every key that is being worked
-/// on. Does nothing for rows whose numbers are not contiguous.
-template <class Source>
-class RowsAhead {
- public:
-  RowsAhead() = default;
-  RowsAhead(MatrixView<const Source> rows, Index lines) : lines_(lines) {
-    if (rows.col_stride != 1 || rows.cols == 0 || rows.rows == 0) return;
-    row_ = rows;
-    rows_ = rows.rows;
-    next_ = rows.data;
-    end_ = next_ + rows.cols;
+/// Fewer rows of queries are taken one by one, and these or more in blocks.
+inline constexpr Index fewest_rows_of_blocks = 4;
+
+/// Rows of contiguous numbers.
+template <class Element>
+struct ContiguousRows {
+  Element* data;
+  Index stride;
+
+  Element* row(Index index) const { return data + index * stride; }
+  ContiguousRows from(Index row, Index col = 0) const {
+    return {data + row * stride + col, stride};
   }
-
-  /// How many lines to ask for at each of `steps` steps that are spent on some keys.
-  Index lines_of(Index keys, Index steps) const { return (keys * lines_ + steps - 1) / steps; }
-
-  SURFATTN_ALWAYS_INLINE void ask(Index lines) {
-    for (; lines > 0 && rows_ > 0; --lines) {
-      __builtin_prefetch(next_, 0, 1);  // not into the first-level cache, which is in use
-      next_ += line;
-      if (next_ >= end_) begin_row();
-    }
-  }
-
- private:
-  static constexpr Index line = std::max<Index>(1, 64 / static_cast<Index>(sizeof(Source)));
-
-  void begin_row() {
-    row_.data += row_.row_stride;
-    next_ = row_.data;
-    end_ = next_ + row_.cols;
-    --rows_;
-  }
-
-  const Source* next_ = nullptr;
-  const Source* end_ = nullptr;  ///< of the row
-  MatrixView<const Source> row_{};
-  Index rows_ = 0;
-  Index lines_ = 0;
 };
 
-/// Asks for the rows of two matrices that the next of several products needs, while one is computed:
-/// as many of them before each block of it as the block is a part of the product. Whole rows, which
-/// begin far from each other, line after line: the loops of the blocks stay as they are.
+/// Where `Count` of them begin.
+template <int Count, class Element>
+struct RowPointers {
+  Element* at[Count];
+};
+template <int Count, class Element>
+SURFATTN_ALWAYS_INLINE RowPointers<Count, Element> pointers_to(ContiguousRows<Element> rows) {
+  RowPointers<Count, Element> pointers;
+  pointers.at[0] = rows.data;
+  SURFATTN_UNROLL
+  for (int n = 1; n < Count; ++n) pointers.at[n] = pointers.at[n - 1] + rows.stride;
+  return pointers;
+}
+
+/// The same of several heads, each `head_stride` after the one before.
+template <class Element>
+struct HeadRows {
+  ContiguousRows<Element> first;
+  Index head_stride;
+
+  ContiguousRows<Element> of(Index head) const {
+    return {first.data + head * head_stride, first.stride};
+  }
+};
+
+/// The first `count` of the numbers from `from` on, fewer than a packet has, and zeros.
+template <class Scalar, class Source>
+SURFATTN_ALWAYS_INLINE Packet<Scalar> load_rest(const Source* from, Index count) {
+  if constexpr (std::is_same_v<Scalar, Source> && loads_parts<Scalar>) {
+    return load_part(from, count);
+  } else {
+    alignas(Arena::alignment) Scalar numbers[lanes<Scalar>] = {};
+    for (Index c = 0; c < count; ++c) numbers[c] = static_cast<Scalar>(from[c]);
+    return load(numbers);
+  }
+}
+
+/// Asks for rows that are needed after a product while it is computed, those of two matrices by turns
+/// and as many of them as the product has advanced. Whole rows, which begin far from each other, line
+/// after line.
 template <class Source>
 class ProductAhead {
  public:
   ProductAhead() = default;
-  /// `size`: the numbers of the product that is computed meanwhile.
-  ProductAhead(MatrixView<const Source> a, MatrixView<const Source> b, Index size)
-      : a_(a), b_(b), rows_(std::max(a.rows, b.rows)), size_(size) {}
+  /// `work`: that of the product, in any unit.
+  ProductAhead(const MatrixView<const Source>& a, const MatrixView<const Source>& b, Index work)
+      : a_(a), b_(b), rows_(std::max(a.rows, b.rows)), work_(work) {}
 
-  /// Before a block of so many numbers of the product.
-  SURFATTN_ALWAYS_INLINE void begin_block(Index numbers) {
-    done_ += numbers;
-    for (; asked_ * size_ < done_ * rows_; ++asked_) {
+  /// Before so much of the work is done.
+  SURFATTN_ALWAYS_INLINE void begin(Index part) {
+    begun_ += part;
+    if (asked_ * work_ < begun_ * rows_) ask();
+  }
+
+ private:
+  /// Apart from the loops of the product, which need the registers.
+  SURFATTN_NEVER_INLINE void ask() {
+    for (; asked_ * work_ < begun_ * rows_; ++asked_) {
       ask_row(a_, asked_);
       ask_row(b_, asked_);
     }
   }
 
- private:
   /// Inlined: compilers take a function that only prefetches for one without effect, and drop the call.
-  SURFATTN_ALWAYS_INLINE static void ask_row(MatrixView<const Source> rows, Index row) {
+  SURFATTN_ALWAYS_INLINE static void ask_row(const MatrixView<const Source>& rows, Index row) {
     if (row >= rows.rows || rows.col_stride != 1) return;
     constexpr Index line = std::max<Index>(1, 64 / static_cast<Index>(sizeof(Source))), some = 4;
     const Source* const first = rows.row(row);
     Index c = 0;
     for (; c + some * line <= rows.cols; c += some * line) {
       SURFATTN_UNROLL
-      for (Index i = 0; i < some; ++i) __builtin_prefetch(first + c + i * line, 0, 1);
+      for (Index i = 0; i < some; ++i) __builtin_prefetch(first + c + i * line);
     }
-    for (; c < rows.cols; c += line) __builtin_prefetch(first + c, 0, 1);
+    for (; c < rows.cols; c += line) __builtin_prefetch(first + c);
   }
 
   MatrixView<const Source> a_{}, b_{};
-  Index rows_ = 0, size_ = 0, asked_ = 0, done_ = 0;
+  Index rows_ = 0, work_ = 0, asked_ = 0, begun_ = 0;
 };
 
-/// What is asked for during a product: lines at its steps, or rows between its blocks.
-template <class Source>
-struct AskAhead {
-  RowsAhead<Source> at_steps;
-  ProductAhead<Source> between_blocks;
-
-  Index lines_of(Index keys, Index steps) const { return at_steps.lines_of(keys, steps); }
-  SURFATTN_ALWAYS_INLINE void ask(Index lines) { at_steps.ask(lines); }
-  SURFATTN_ALWAYS_INLINE void begin_block(Index numbers) { between_blocks.begin_block(numbers); }
-};
-
-/// Products of `Rows` queries with `Keys` keys on their way, and, `with_norms`, of each key with
-/// itself.
-template <int Rows, int Keys, bool with_norms, class Scalar>
+/// Products of `Rows` queries with `Keys` keys on their way, each as `Chains` sums that do not wait for
+/// each other.
+template <int Rows, int Keys, int Chains, class Scalar>
 struct DotSums {
-  Packet<Scalar> products[Rows][Keys], squares[Keys];
+  Packet<Scalar> sums[Chains][Rows][Keys];
 
   SURFATTN_ALWAYS_INLINE DotSums() {
     SURFATTN_UNROLL
-    for (int j = 0; j < Keys; ++j) {
-      squares[j] = broadcast(Scalar(0));
+    for (int n = 0; n < Chains * Rows; ++n) {
       SURFATTN_UNROLL
-      for (int i = 0; i < Rows; ++i) products[i][j] = squares[j];
+      for (int j = 0; j < Keys; ++j) sums[n / Rows][n % Rows][j] = broadcast(Scalar(0));
     }
   }
 
-  /// Adds those of the columns [first, first + lanes) of queries, whose rows end with whole packets,
-  /// and of rows of keys, as `take(j)` reads them.
-  template <class Take>
-  SURFATTN_ALWAYS_INLINE void add(RowsOperand<Scalar> q, Index first, const Take& take) {
+  /// Adds the products of a packet of columns, of the queries from `queries` on and of the keys, as
+  /// `take(j)` reads them, to one of the chains.
+  template <int chain, class Take>
+  SURFATTN_ALWAYS_INLINE void add(ContiguousRows<const Scalar> queries, const Take& take) {
     Packet<Scalar> key[Keys];
     SURFATTN_UNROLL
-    for (int j = 0; j < Keys; ++j) {
-      key[j] = in_register(take(j));
-      if constexpr (with_norms) squares[j] = multiply_add(key[j], key[j], squares[j]);
-    }
+    for (int j = 0; j < Keys; ++j) key[j] = Rows > 1 ? in_register(take(j)) : take(j);
     SURFATTN_UNROLL
     for (int i = 0; i < Rows; ++i) {
-      const auto query = in_register(load_unaligned(q.data + i * q.stride + first));
+      const auto query = in_register(load_unaligned(queries.row(i)));
       SURFATTN_UNROLL
-      for (int j = 0; j < Keys; ++j) products[i][j] = multiply_add(query, key[j], products[i][j]);
+      for (int j = 0; j < Keys; ++j)
+        sums[chain][i][j] = multiply_add(query, key[j], sums[chain][i][j]);
     }
   }
 
-  SURFATTN_ALWAYS_INLINE static void store(const Packet<Scalar> (&packets)[Keys], Scalar* to) {
-    if constexpr (Keys % 4 == 0) {
+  SURFATTN_ALWAYS_INLINE void store(ContiguousRows<Scalar> to) {
+    SURFATTN_UNROLL
+    for (int i = 0; i < Rows; ++i) {
+      auto& products = sums[0][i];
       SURFATTN_UNROLL
-      for (int j = 0; j < Keys; j += 4)
-        store_sums(to + j, packets[j], packets[j + 1], packets[j + 2], packets[j + 3]);
-    } else {
-      SURFATTN_UNROLL
-      for (int j = 0; j < Keys; ++j) to[j] = sum(packets[j]);
+      for (int n = Keys; n < Chains * Keys; ++n)
+        products[n % Keys] = simd::add(products[n % Keys], sums[n / Keys][i][n % Keys]);
+      if constexpr (Keys == 4) {
+        store_sums<Scalar>(to.row(i), products[0], products[1], products[2], products[3]);
+      } else {
+        SURFATTN_UNROLL
+        for (int j = 0; j < Keys; ++j) to.row(i)[j] = sum(products[j]);
+      }
     }
   }
 };
 
-/// out_ij = q_i·k_j for `Rows` queries and `Keys` rows of keys, and ‖k_j‖². Asks for `lines` at each
-/// step.
-template <int Rows, int Keys, bool with_norms, class Scalar, class Source, class Ahead>
-SURFATTN_ALWAYS_INLINE void dot_block(RowsOperand<Scalar> q, MatrixView<const Source> keys,
-                                      Tile<Scalar> out, Scalar* norms, Ahead& ahead, Index lines) {
-  ahead.begin_block(Rows * Keys);
-  DotSums<Rows, Keys, with_norms, Scalar> sums;
-  Index c = 0;
-  for (; keys.col_stride == 1 && c + lanes<Scalar> <= keys.cols; c += lanes<Scalar>) {
-    ahead.ask(lines);
-    sums.add(q, c, [&](Index j) { return load_as<Scalar>(keys.row(j) + c); });
+/// Asks for what a single query of a single head reads soon: rows that follow each other in memory.
+/// With several heads the processor works ahead far enough where it is not asked to.
+template <bool asks, class Source>
+SURFATTN_ALWAYS_INLINE void ask_ahead(const Source* from) {
+  constexpr Index distance = 8192 / static_cast<Index>(sizeof(Source));
+  if constexpr (asks) __builtin_prefetch(from + distance);
+}
+
+/// C = Q·Kᵀ for each of `heads` heads: `rows` queries, `keys` keys, of `width` numbers. The rows of Q
+/// end with whole packets (packed ones are padded with zeros), those of K are as they lie. Writes
+/// ‖k_j‖² to `norms` too, `norms_stride` apart for each head, unless that is null.
+template <class Scalar, class Source>
+struct DotProducts {
+  Index heads, rows, keys, width;
+  HeadRows<const Scalar> queries_of;
+  HeadRows<const Source> keys_of;
+  HeadRows<Scalar> products_of;
+  Scalar* norms;
+  Index norms_stride;
+};
+
+/// One query of each head against `Keys` keys from `key` on, over whole packets.
+template <int Keys, bool asks, class Scalar, class Source>
+SURFATTN_NEVER_INLINE void set_products_of_query(Index row, Index key,
+                                                 const DotProducts<Scalar, Source>& all) {
+  constexpr Index both = 2 * lanes<Scalar>;
+  const Index whole = all.width / lanes<Scalar> * lanes<Scalar>;
+  auto query = all.queries_of.first.from(row);
+  auto keys = all.keys_of.first.from(key);
+  auto products = all.products_of.first.from(row, key);
+  for (Index head = all.heads; head > 0; --head) {
+    const auto key_rows = pointers_to<Keys>(keys);
+    DotSums<1, Keys, 2, Scalar> sums;
+    const auto add = [&]<int chain>(std::integral_constant<int, chain>, Index c) {
+      sums.template add<chain>({query.data + c, 0}, [&](Index j) {
+        ask_ahead<asks>(key_rows.at[j] + c);
+        return load_as<Scalar>(key_rows.at[j] + c);
+      });
+    };
+    Index c = 0;
+    for (; c + both <= whole; c += both) {
+      add(std::integral_constant<int, 0>(), c);
+      add(std::integral_constant<int, 1>(), c + lanes<Scalar>);
+    }
+    if (c < whole) add(std::integral_constant<int, 0>(), c);
+    sums.store(products);
+    query.data += all.queries_of.head_stride;
+    keys.data += all.keys_of.head_stride;
+    products.data += all.products_of.head_stride;
   }
-  for (; c < keys.cols; c += lanes<Scalar>) {
-    sums.add(q, c,
-             [&](Index j) { return gather<Scalar>(&keys(j, c), keys.col_stride, keys.cols - c); });
+}
+
+/// All queries, one after the other while the keys are in the first-level cache, against the keys from
+/// `key` on, in steps of `Keys` and then one by one.
+template <int Keys, bool asks, class Scalar, class Source>
+void set_products_one_by_one(Index key, const DotProducts<Scalar, Source>& all) {
+  for (; key + Keys <= all.keys; key += Keys) {
+    for (Index row = 0; row < all.rows; ++row) set_products_of_query<Keys, asks>(row, key, all);
+  }
+  if constexpr (Keys > 1) set_products_one_by_one<1, false>(key, all);
+}
+
+/// The same of a single head: every `Keys` of its keys are taken for those of a head of their own.
+template <int Keys, class Scalar, class Source>
+void set_products_of_single_head(const DotProducts<Scalar, Source>& all) {
+  const Index groups = all.keys / Keys;
+  auto as_heads = all;
+  as_heads.heads = groups, as_heads.keys = Keys;
+  as_heads.queries_of.head_stride = 0;
+  as_heads.keys_of.head_stride = Keys * all.keys_of.first.stride;
+  as_heads.products_of.head_stride = Keys;
+  set_products_one_by_one<Keys, true>(0, as_heads);
+  set_products_one_by_one<1, false>(groups * Keys, all);
+}
+
+/// `Rows` queries against `Keys` keys over whole packets.
+template <int Rows, int Keys, class Scalar, class Source, class Ahead>
+SURFATTN_ALWAYS_INLINE void dot_block(Index whole, ContiguousRows<const Scalar> queries,
+                                      ContiguousRows<const Source> keys,
+                                      ContiguousRows<Scalar> products, Ahead& ahead) {
+  ahead.begin(Rows * Keys);
+  DotSums<Rows, Keys, 1, Scalar> sums;
+  for (Index c = 0; c < whole; c += lanes<Scalar>) {
+    sums.template add<0>(queries.from(0, c),
+                         [&](Index j) { return load_as<Scalar>(keys.row(j) + c); });
+  }
+  sums.store(products);
+}
+
+/// The queries from `row` on against `Keys` keys, in steps of `Rows` and then of half as many.
+template <int Rows, int Keys, class Scalar, class Source, class Ahead>
+SURFATTN_ALWAYS_INLINE void dot_column(Index row, Index rows, Index whole,
+                                       ContiguousRows<const Scalar> queries,
+                                       ContiguousRows<const Source> keys,
+                                       ContiguousRows<Scalar> products, Ahead& ahead) {
+  for (; row + Rows <= rows; row += Rows)
+    dot_block<Rows, Keys>(whole, queries.from(row), keys, products.from(row), ahead);
+  if constexpr (Rows > 1) {
+    if (row < rows) dot_column<Rows / 2, Keys>(row, rows, whole, queries, keys, products, ahead);
+  }
+}
+
+/// All queries against the keys from `key` on, in steps of `Keys` and then of half as many.
+template <int Rows, int Keys, class Scalar, class Source, class Ahead>
+SURFATTN_ALWAYS_INLINE void dot_columns(Index key, Index rows, Index count, Index whole,
+                                        ContiguousRows<const Scalar> queries,
+                                        ContiguousRows<const Source> keys,
+                                        ContiguousRows<Scalar> products, Ahead& ahead) {
+  for (; key + Keys <= count; key += Keys)
+    dot_column<Rows, Keys>(0, rows, whole, queries, keys.from(key), products.from(0, key), ahead);
+  if constexpr (Keys > 1) {
+    if (key < count)
+      dot_columns<Rows, Keys / 2>(key, rows, count, whole, queries, keys, products, ahead);
+  }
+}
+
+template <class Scalar, class Source, class Ahead>
+SURFATTN_NEVER_INLINE void set_products_in_blocks(const DotProducts<Scalar, Source>& all,
+                                                  Ahead& ahead) {
+  const Index whole = all.width / lanes<Scalar> * lanes<Scalar>;
+  for (Index head = 0; head < all.heads; ++head) {
+    const auto keys = all.keys_of.of(head);
+    dot_columns<(registers >= 32 ? 4 : 2), 4>(0, all.rows, all.keys, whole, all.queries_of.of(head),
+                                              keys, all.products_of.of(head), ahead);
+  }
+}
+
+/// The norms of keys that are in a cache, over whole packets: apart from the products, which wait for
+/// memory.
+template <class Scalar, class Source>
+void set_norms(const DotProducts<Scalar, Source>& all) {
+  const Index whole = all.width / lanes<Scalar> * lanes<Scalar>;
+  for (Index head = 0; head < all.heads; ++head) {
+    const auto keys = all.keys_of.of(head);
+    squared_norms(MatrixView<const Source>{keys.data, all.keys, whole, keys.stride, 1},
+                  all.norms + head * all.norms_stride);
+  }
+}
+
+/// Adds what the last numbers, which fill no packet, contribute.
+template <class Scalar, class Source>
+SURFATTN_NEVER_INLINE void add_products_of_rest(const DotProducts<Scalar, Source>& all) {
+  const Index first = all.width / lanes<Scalar> * lanes<Scalar>;
+  for (Index head = 0; head < all.heads; ++head) {
+    const auto queries = all.queries_of.of(head);
+    const auto products = all.products_of.of(head);
+    for (Index j = 0; j < all.keys; ++j) {
+      const auto key = load_rest<Scalar>(all.keys_of.of(head).row(j) + first, all.width - first);
+      if (all.norms) all.norms[head * all.norms_stride + j] += sum(multiply(key, key));
+      for (Index i = 0; i < all.rows; ++i)
+        products.row(i)[j] += sum(multiply(load_unaligned(queries.row(i) + first), key));
+    }
+  }
+}
+
+/// `ahead`: what several queries, which take longer than the memory of their keys, ask for meanwhile.
+template <class Scalar, class Source, class Ahead>
+void set_dot_products(const DotProducts<Scalar, Source>& all, Ahead& ahead) {
+  if (all.rows < fewest_rows_of_blocks) {
+    all.heads == 1 ? set_products_of_single_head<4>(all)
+                   : set_products_one_by_one<4, false>(0, all);
+  } else {
+    set_products_in_blocks(all, ahead);
+  }
+  if (all.norms) set_norms(all);
+  if (all.width % lanes<Scalar> != 0) add_products_of_rest(all);
+}
+
+/// For each of `heads` heads C = A·B or C += A·B, of `rows` rows, where B are `depth` rows of `width`
+/// numbers as they lie. The rows of C end with whole packets.
+template <class Scalar, class Source>
+struct RowsProducts {
+  Store mode;
+  Index heads, rows, depth, width;
+  HeadRows<const Scalar> a;
+  HeadRows<const Source> b;
+  HeadRows<Scalar> c;
+};
+
+/// c += Σ_n factor_n·b_n over `Packets` packets, where the b_n are rows as they lie; or c is set.
+template <int Packets, bool asks, int Depth, class Scalar, class Source>
+SURFATTN_ALWAYS_INLINE void add_scaled_rows(const Packet<Scalar> (&factors)[Depth],
+                                            const RowPointers<Depth, const Source>& b, Index col,
+                                            bool is_first, Scalar* c) {
+  Packet<Scalar> sums[Packets];
+  SURFATTN_UNROLL
+  for (int p = 0; p < Packets; ++p)
+    sums[p] = is_first ? broadcast(Scalar(0)) : load_unaligned(c + col + p * lanes<Scalar>);
+  SURFATTN_UNROLL
+  for (int n = 0; n < Depth; ++n) {
+    SURFATTN_UNROLL
+    for (int p = 0; p < Packets; ++p) {
+      ask_ahead<asks>(b.at[n] + col + p * lanes<Scalar>);
+      sums[p] =
+          multiply_add(factors[n], load_as<Scalar>(b.at[n] + col + p * lanes<Scalar>), sums[p]);
+    }
   }
   SURFATTN_UNROLL
-  for (int i = 0; i < Rows; ++i) sums.store(sums.products[i], out.from(i).data);
-  if constexpr (with_norms) sums.store(sums.squares, norms);
+  for (int p = 0; p < Packets; ++p) store_unaligned(c + col + p * lanes<Scalar>, sums[p]);
 }
 
-/// The queries from `row` on against `Keys` rows of keys, in steps of `Rows` and then of half as many.
-template <int Rows, int Keys, class Scalar, class Source, class Ahead>
-SURFATTN_ALWAYS_INLINE void dot_column(Index row, Index rows, RowsOperand<Scalar> q,
-                                       MatrixView<const Source> keys, Tile<Scalar> out,
-                                       Ahead& ahead) {
-  const Index steps = std::max<Index>(1, keys.cols / lanes<Scalar>);
-  for (; row + Rows <= rows; row += Rows) {
-    dot_block<Rows, Keys, false, Scalar>({q.from(row), q.stride}, keys, out.from(row), nullptr,
-                                         ahead, row == 0 ? ahead.lines_of(Keys, steps) : 0);
-  }
-  if constexpr (Rows > 1) {
-    if (row < rows) dot_column<Rows / 2, Keys>(row, rows, q, keys, out, ahead);
-  }
-}
-
-/// ‖k_j‖² of `Keys` rows of keys, together with their products with the first query where queries are
-/// taken one by one. Returns how many queries are done.
-template <int Rows, int Keys, class Scalar, class Source, class Ahead>
-SURFATTN_ALWAYS_INLINE Index set_norms(RowsOperand<Scalar> q, MatrixView<const Source> keys,
-                                       Tile<Scalar> out, Scalar* norms, Ahead& ahead) {
-  if constexpr (Rows == 1) {
-    const Index steps = std::max<Index>(1, keys.cols / lanes<Scalar>);
-    dot_block<1, Keys, true>(q, keys, out, norms, ahead, ahead.lines_of(Keys, steps));
-    return 1;
-  } else {
-    squared_norms(keys, norms);
-    return 0;
+/// One row of C of each head: `Depth` rows of B, from `k` on, over whole packets.
+template <int Depth, bool asks, class Scalar, class Source>
+SURFATTN_NEVER_INLINE void add_rows_to_row(Index row, Index k,
+                                           const RowsProducts<Scalar, Source>& all) {
+  const Index whole = all.width / lanes<Scalar> * lanes<Scalar>;
+  const bool is_first = all.mode == Store::set && k == 0;
+  auto a = all.a.first.from(row, k);
+  auto b = all.b.first.from(k);
+  auto c = all.c.first.from(row);
+  for (Index head = all.heads; head > 0; --head) {
+    const auto rows = pointers_to<Depth>(b);
+    Packet<Scalar> factors[Depth];
+    SURFATTN_UNROLL
+    for (int n = 0; n < Depth; ++n) factors[n] = broadcast(a.data[n]);
+    Index col = 0;
+    for (; col + 2 * lanes<Scalar> <= whole; col += 2 * lanes<Scalar>)
+      add_scaled_rows<2, asks, Depth, Scalar, Source>(factors, rows, col, is_first, c.data);
+    if (col < whole)
+      add_scaled_rows<1, asks, Depth, Scalar, Source>(factors, rows, col, is_first, c.data);
+    a.data += all.a.head_stride;
+    b.data += all.b.head_stride;
+    c.data += all.c.head_stride;
   }
 }
 
-/// All queries, one or more, against the rows of keys from `key` on, in steps of `Keys` and then of
-/// half as many; with queries taken one by one, the last keys are as well.
-template <int Rows, int Keys, class Scalar, class Source, class Ahead>
-SURFATTN_ALWAYS_INLINE void dot_columns(Index key, Index rows, RowsOperand<Scalar> q,
-                                        MatrixView<const Source> keys, Tile<Scalar> c,
-                                        Scalar* norms, Ahead& ahead) {
-  for (; key + Keys <= keys.rows; key += Keys) {
-    const auto some = keys.block_rows(key, Keys);
-    const Tile<Scalar> out{c.data + key, c.row_stride};
-    const Index done = norms ? set_norms<Rows, Keys>(q, some, out, norms + key, ahead) : 0;
-    dot_column<Rows, Keys>(done, rows, q, some, out, ahead);
+/// All rows of C, one after the other while the rows of B are in the first-level cache, from row `k` of
+/// B on in steps of `Depth` and then one by one.
+template <int Depth, bool asks, class Scalar, class Source>
+void set_rows_one_by_one(Index k, const RowsProducts<Scalar, Source>& all) {
+  for (; k + Depth <= all.depth; k += Depth) {
+    for (Index row = 0; row < all.rows; ++row) add_rows_to_row<Depth, asks>(row, k, all);
   }
-  if constexpr (Keys > 1) {
-    constexpr int fewer = Rows == 1 ? 1 : Keys / 2;
-    if (key < keys.rows) dot_columns<Rows, fewer>(key, rows, q, keys, c, norms, ahead);
-  }
+  if constexpr (Depth > 1) set_rows_one_by_one<1, false>(k, all);
 }
 
-/// C = Q·Kᵀ: the rows of Q whole packets wide (packed ones are padded with zeros), K the rows of an
-/// input as they lie. Writes ‖k_j‖² to `norms` too, unless that is null.
-template <class Scalar, class Source, class Ahead>
-SURFATTN_NEVER_INLINE void set_dot_products(Index rows, RowsOperand<Scalar> q,
-                                            MatrixView<const Source> keys, Tile<Scalar> c,
-                                            Scalar* norms, Ahead& ahead) {
-  constexpr bool wide = registers >= 32;  // room for all sums, the keys, and a query
-  if (rows >= 4) {
-    dot_columns<wide ? 4 : 2, 4>(0, rows, q, keys, c, norms, ahead);
-  } else {
-    dot_columns<1, wide ? 8 : 4>(0, rows, q, keys, c, norms, ahead);
-  }
+/// The same of a single head: every `Depth` of its rows are taken for those of a head of their own,
+/// with the same results.
+template <int Depth, class Scalar, class Source>
+void set_rows_of_single_head(const RowsProducts<Scalar, Source>& all) {
+  const Index groups = all.depth / Depth;
+  auto as_heads = all;
+  as_heads.heads = groups, as_heads.depth = Depth;
+  as_heads.a.head_stride = Depth;
+  as_heads.b.head_stride = Depth * all.b.first.stride;
+  as_heads.c.head_stride = 0;
+  set_rows_one_by_one<Depth, true>(0, as_heads);
+  set_rows_one_by_one<1, false>(groups * Depth, all);
 }
 
-/// Where a product of rows goes: rows of whole packets.
-template <class Scalar>
-struct RowsResult {
-  Scalar* data;
-  Index stride;
-  Store mode;
-
-  RowsResult from(Index row, Index col) const { return {data + row * stride + col, stride, mode}; }
-};
-
-/// `Rows` rows of C = A·B or C += A·B over `Packets` packets of columns, where B are rows of an input
-/// as they lie. Asks for `lines` at each of them.
+/// `Rows` rows of C over `Packets` packets of columns.
 template <int Rows, int Packets, class Scalar, class Source, class Ahead>
-SURFATTN_ALWAYS_INLINE void rows_block(RowsOperand<Scalar> a, MatrixView<const Source> b,
-                                       RowsResult<Scalar> c, Ahead& ahead, Index lines) {
-  ahead.begin_block(Rows * Packets * lanes<Scalar>);
+SURFATTN_ALWAYS_INLINE void rows_block(Store mode, Index depth, ContiguousRows<const Scalar> a,
+                                       ContiguousRows<const Source> b, ContiguousRows<Scalar> c,
+                                       Ahead& ahead) {
+  constexpr Index some = 8;  // rows of B
   Packet<Scalar> sums[Rows][Packets];
   SURFATTN_UNROLL
   for (int i = 0; i < Rows; ++i) {
     SURFATTN_UNROLL
     for (int p = 0; p < Packets; ++p) {
-      sums[i][p] = c.mode == Store::set ? broadcast(Scalar(0))
-                                        : load_unaligned(c.data + i * c.stride + p * lanes<Scalar>);
+      sums[i][p] =
+          mode == Store::set ? broadcast(Scalar(0)) : load_unaligned(c.row(i) + p * lanes<Scalar>);
     }
   }
-  for (Index k = 0; k < b.rows; ++k) {
-    ahead.ask(lines);
+  for (Index k = 0; k < depth; ++k) {
+    if (k % some == 0) ahead.begin(Rows * Packets * lanes<Scalar> * std::min(some, depth - k));
     Packet<Scalar> row[Packets];
     SURFATTN_UNROLL
     for (int p = 0; p < Packets; ++p)
       row[p] = in_register(load_as<Scalar>(b.row(k) + p * lanes<Scalar>));
     SURFATTN_UNROLL
     for (int i = 0; i < Rows; ++i) {
-      const auto factor = broadcast(a.from(i)[k]);
+      const auto factor = broadcast(a.row(i)[k]);
       SURFATTN_UNROLL
       for (int p = 0; p < Packets; ++p) sums[i][p] = multiply_add(factor, row[p], sums[i][p]);
     }
@@ -273,49 +443,72 @@ SURFATTN_ALWAYS_INLINE void rows_block(RowsOperand<Scalar> a, MatrixView<const S
   SURFATTN_UNROLL
   for (int i = 0; i < Rows; ++i) {
     SURFATTN_UNROLL
-    for (int p = 0; p < Packets; ++p)
-      store_unaligned(c.data + i * c.stride + p * lanes<Scalar>, sums[i][p]);
+    for (int p = 0; p < Packets; ++p) store_unaligned(c.row(i) + p * lanes<Scalar>, sums[i][p]);
   }
 }
 
-/// The columns of C from `col` on, in steps of `Packets` packets and then of half as many; they are
-/// a whole number of packets.
+/// The whole packets of columns of C from `col` on, in steps of `Packets` packets and then of half as
+/// many.
 template <int Rows, int Packets, class Scalar, class Source, class Ahead>
-SURFATTN_ALWAYS_INLINE void rows_columns(Index col, RowsOperand<Scalar> a,
-                                         MatrixView<const Source> b, RowsResult<Scalar> c,
-                                         Ahead& ahead, Index lines) {
-  constexpr Index width = Packets * lanes<Scalar>;
-  for (; col + width <= b.cols; col += width) {
-    rows_block<Rows, Packets>(a, b.block_cols(col, width), c.from(0, col), ahead, lines);
+SURFATTN_ALWAYS_INLINE void rows_columns(Index col, const RowsProducts<Scalar, Source>& all,
+                                         ContiguousRows<const Scalar> a,
+                                         ContiguousRows<const Source> b, ContiguousRows<Scalar> c,
+                                         Ahead& ahead) {
+  constexpr Index step = Packets * lanes<Scalar>;
+  for (; col + step <= all.width; col += step) {
+    rows_block<Rows, Packets>(all.mode, all.depth, a, b.from(0, col), c.from(0, col), ahead);
   }
-  if constexpr (Packets > 1) {
-    if (col < b.cols) rows_columns<Rows, Packets / 2>(col, a, b, c, ahead, lines);
-  }
+  if constexpr (Packets > 1) rows_columns<Rows, Packets / 2>(col, all, a, b, c, ahead);
 }
 
 /// The rows of C from `row` on, in steps of `Rows` and then of half as many: the fewer the rows,
 /// the wider the block of columns, so that there are always as many sums under way.
 template <int Rows, class Scalar, class Source, class Ahead>
-SURFATTN_ALWAYS_INLINE void rows_of_product(Index row, Index rows, RowsOperand<Scalar> a,
-                                            MatrixView<const Source> b, RowsResult<Scalar> c,
-                                            Ahead& ahead) {
+SURFATTN_ALWAYS_INLINE void rows_of_product(Index row, Index head,
+                                            const RowsProducts<Scalar, Source>& all, Ahead& ahead) {
   constexpr int packets = (registers >= 32 ? 16 : 8) / Rows;
-  const Index passes = std::max<Index>(1, rows * b.cols / (Rows * packets * lanes<Scalar>));
-  for (; row + Rows <= rows; row += Rows) {
-    rows_columns<Rows, packets>(0, {a.from(row), a.stride}, b, c.from(row, 0), ahead,
-                                ahead.lines_of(1, passes));
+  for (; row + Rows <= all.rows; row += Rows) {
+    rows_columns<Rows, packets>(0, all, all.a.of(head).from(row), all.b.of(head),
+                                all.c.of(head).from(row), ahead);
   }
   if constexpr (Rows > 1) {
-    if (row < rows) rows_of_product<Rows / 2>(row, rows, a, b, c, ahead);
+    if (row < all.rows) rows_of_product<Rows / 2>(row, head, all, ahead);
   }
 }
 
-/// C = A·B or C += A·B for `rows` rows, where B are rows of an input as they lie.
+/// The columns that fill no packet.
+template <class Scalar, class Source>
+SURFATTN_NEVER_INLINE void set_rest_of_rows(const RowsProducts<Scalar, Source>& all) {
+  const Index first = all.width / lanes<Scalar> * lanes<Scalar>;
+  for (Index head = 0; head < all.heads; ++head) {
+    for (Index i = 0; i < all.rows; ++i) {
+      Scalar* const to = all.c.of(head).row(i) + first;
+      auto sum = all.mode == Store::set ? broadcast(Scalar(0)) : load_unaligned(to);
+      for (Index k = 0; k < all.depth; ++k) {
+        const auto row = load_rest<Scalar>(all.b.of(head).row(k) + first, all.width - first);
+        sum = multiply_add(broadcast(all.a.of(head).row(i)[k]), row, sum);
+      }
+      store_unaligned(to, sum);
+    }
+  }
+}
+
 template <class Scalar, class Source, class Ahead>
-SURFATTN_NEVER_INLINE void rows_product(Index rows, RowsOperand<Scalar> a,
-                                        MatrixView<const Source> b, RowsResult<Scalar> c,
-                                        Ahead& ahead) {
-  rows_of_product<4>(0, rows, a, b, c, ahead);
+SURFATTN_NEVER_INLINE void set_rows_in_blocks(const RowsProducts<Scalar, Source>& all,
+                                              Ahead& ahead) {
+  for (Index head = 0; head < all.heads; ++head) rows_of_product<4>(0, head, all, ahead);
+}
+
+/// `ahead` as for `set_dot_products`.
+template <class Scalar, class Source, class Ahead>
+void set_rows_products(const RowsProducts<Scalar, Source>& all, Ahead& ahead) {
+  if (all.rows < fewest_rows_of_blocks) {
+    const bool adds = all.mode == Store::add && all.heads == 1;
+    adds ? set_rows_of_single_head<4>(all) : set_rows_one_by_one<4, false>(0, all);
+  } else {
+    set_rows_in_blocks(all, ahead);
+  }
+  if (all.width % lanes<Scalar> != 0) set_rest_of_rows(all);
 }
 
 }  // namespace surfattn::detail::simd
