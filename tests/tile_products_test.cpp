@@ -12,14 +12,9 @@
 
 using namespace surfattn;
 using namespace surfattn::detail;
+using surfattn::test::whole_numbers;
 
 namespace {
-
-template <class Scalar>
-Matrix<Scalar> whole_numbers(Index rows, Index cols, std::mt19937_64& random) {
-  std::uniform_int_distribution<int> number(-8, 8);
-  return Matrix<Scalar>::NullaryExpr(rows, cols, [&] { return Scalar(number(random)); });
-}
 
 /// Both products, with A as a left operand that `left` makes.
 template <class Scalar, class Left>

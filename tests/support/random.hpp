@@ -38,4 +38,11 @@ Matrix<Scalar> random_matrix(Index rows, Index cols, std::mt19937_64& random) {
   return matrix;
 }
 
+/// Small whole numbers, whose products and sums no rounding touches.
+template <class Scalar>
+Matrix<Scalar> whole_numbers(Index rows, Index cols, std::mt19937_64& random) {
+  std::uniform_int_distribution<int> number(-8, 8);
+  return Matrix<Scalar>::NullaryExpr(rows, cols, [&] { return Scalar(number(random)); });
+}
+
 }  // namespace surfattn::test

@@ -60,18 +60,6 @@ struct HeadRows {
   }
 };
 
-/// The first `count` of the numbers from `from` on, fewer than a packet has, and zeros.
-template <class Scalar, class Source>
-SURFATTN_ALWAYS_INLINE Packet<Scalar> load_rest(const Source* from, Index count) {
-  if constexpr (std::is_same_v<Scalar, Source> && loads_parts<Scalar>) {
-    return load_part(from, count);
-  } else {
-    alignas(Arena::alignment) Scalar numbers[lanes<Scalar>] = {};
-    for (Index c = 0; c < count; ++c) numbers[c] = static_cast<Scalar>(from[c]);
-    return load(numbers);
-  }
-}
-
 /// Asks for rows that are needed after a product while it is computed, those of two matrices by turns
 /// and as many of them as the product has advanced. Whole rows, which begin far from each other, line
 /// after line.
@@ -309,7 +297,7 @@ SURFATTN_NEVER_INLINE void add_products_of_rest(const DotProducts<Scalar, Source
     const auto queries = all.queries_of.of(head);
     const auto products = all.products_of.of(head);
     for (Index j = 0; j < all.keys; ++j) {
-      const auto key = load_rest<Scalar>(all.keys_of.of(head).row(j) + first, all.width - first);
+      const auto key = gather<Scalar>(all.keys_of.of(head).row(j) + first, 1, all.width - first);
       if (all.norms) all.norms[head * all.norms_stride + j] += sum(multiply(key, key));
       for (Index i = 0; i < all.rows; ++i)
         products.row(i)[j] += sum(multiply(load_unaligned(queries.row(i) + first), key));
@@ -485,7 +473,7 @@ SURFATTN_NEVER_INLINE void set_rest_of_rows(const RowsProducts<Scalar, Source>& 
       Scalar* const to = all.c.of(head).row(i) + first;
       auto sum = all.mode == Store::set ? broadcast(Scalar(0)) : load_unaligned(to);
       for (Index k = 0; k < all.depth; ++k) {
-        const auto row = load_rest<Scalar>(all.b.of(head).row(k) + first, all.width - first);
+        const auto row = gather<Scalar>(all.b.of(head).row(k) + first, 1, all.width - first);
         sum = multiply_add(broadcast(all.a.of(head).row(i)[k]), row, sum);
       }
       store_unaligned(to, sum);

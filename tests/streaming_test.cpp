@@ -1,0 +1,120 @@
+// Products with rows as they lie in memory give exactly what plain loops give, on whole numbers, which
+// no rounding touches, for one head and several.
+#include <algorithm>
+#include <surfattn/detail/simd/streaming.hpp>
+
+#include "support/catch.hpp"
+#include "support/random.hpp"
+
+using namespace surfattn;
+using namespace surfattn::detail;
+using surfattn::test::whole_numbers;
+
+namespace {
+
+/// Heads side by side in the columns of a matrix, each `width` wide.
+template <class Element, class Stored>
+simd::HeadRows<Element> heads_of(Stored& matrix, Index width) {
+  return {{matrix.data(), matrix.cols()}, width};
+}
+
+struct Sizes {
+  Index heads, rows, keys, width;
+};
+
+/// Queries and results end with whole packets: `padded` columns for each head.
+template <class Scalar, class Source>
+void check_dot_products(const Sizes& size, bool with_norms, std::mt19937_64& random) {
+  const auto [heads, rows, keys, width] = size;
+  const Index padded = simd::rounded_up(std::max<Index>(width, 1), simd::lanes<Scalar>);
+  Matrix<Scalar> q = Matrix<Scalar>::Zero(rows, heads * padded);
+  for (Index head = 0; head < heads; ++head)
+    q.middleCols(head * padded, width) = whole_numbers<Scalar>(rows, width, random);
+  const Matrix<Source> k = whole_numbers<Source>(keys, heads * width + 3, random);
+  Matrix<Scalar> products = Matrix<Scalar>::Constant(heads * rows, keys + 1, Scalar(77));
+  Matrix<Scalar> norms = Matrix<Scalar>::Constant(heads, keys + 1, Scalar(77));
+  simd::ProductAhead<Source> ahead(view(k), {}, rows * keys);
+  simd::set_dot_products<Scalar, Source>(
+      {heads,
+       rows,
+       keys,
+       width,
+       heads_of<const Scalar>(q, padded),
+       heads_of<const Source>(k, width),
+       {{products.data(), products.cols()}, rows * products.cols()},
+       with_norms ? norms.data() : nullptr,
+       norms.cols()},
+      ahead);
+  for (Index head = 0; head < heads; ++head) {
+    const Matrix<Scalar> of_head = k.middleCols(head * width, width).template cast<Scalar>();
+    const Matrix<Scalar> expected =
+        q.middleCols(head * padded, width).lazyProduct(of_head.transpose());
+    CHECK(products.block(head * rows, 0, rows, keys) == expected);
+    if (with_norms)
+      CHECK(norms.row(head).head(keys).transpose() == of_head.rowwise().squaredNorm());
+  }
+  CHECK((products.col(keys).array() == Scalar(77)).all());
+  CHECK((norms.col(keys).array() == Scalar(77)).all());
+}
+
+template <class Scalar, class Source>
+void check_rows_products(const Sizes& size, simd::Store mode, std::mt19937_64& random) {
+  const auto [heads, rows, depth, width] = size;
+  const Index padded = simd::rounded_up(std::max<Index>(width, 1), simd::lanes<Scalar>);
+  const Matrix<Scalar> a = whole_numbers<Scalar>(rows, heads * depth, random);
+  const Matrix<Source> b = whole_numbers<Source>(depth, heads * width + 3, random);
+  const Matrix<Scalar> first = whole_numbers<Scalar>(rows, heads * padded + 1, random);
+  Matrix<Scalar> c = first;
+  simd::ProductAhead<Source> ahead(view(b), {}, rows * width * depth);
+  simd::set_rows_products<Scalar, Source>(
+      {mode, heads, rows, depth, width, heads_of<const Scalar>(a, depth),
+       heads_of<const Source>(b, width), heads_of<Scalar>(c, padded)},
+      ahead);
+  for (Index head = 0; head < heads; ++head) {
+    Matrix<Scalar> expected =
+        a.middleCols(head * depth, depth)
+            .lazyProduct(b.middleCols(head * width, width).template cast<Scalar>());
+    if (mode == simd::Store::add) expected += first.middleCols(head * padded, width);
+    CHECK(c.middleCols(head * padded, width) == expected);
+  }
+  CHECK(c.col(heads * padded) == first.col(heads * padded));
+}
+
+/// One query and several, which take different ways; keys on both sides of a step; widths of whole
+/// packets and others.
+template <class Scalar, class Use>
+void each_size(const Use& use) {
+  const Index lanes = simd::lanes<Scalar>;
+  for (const Index heads : {1, 2, 3}) {
+    for (const Index rows : {1, 2, 3, 4, 5, 7, 11}) {
+      for (const Index keys : {1, 3, 4, 5, 8, 13}) {
+        for (const Index width : {Index(0), Index(1), lanes - 1, lanes, lanes + 1, 2 * lanes,
+                                  3 * lanes + 2, 9 * lanes}) {
+          INFO(heads << " heads, " << rows << " rows, " << keys << " keys, width " << width);
+          use(Sizes{heads, rows, keys, width});
+        }
+      }
+    }
+  }
+}
+
+template <class Scalar, class Source>
+void check_all() {
+  auto random = surfattn::test::seeded_random();
+  each_size<Scalar>([&](const Sizes& size) {
+    check_dot_products<Scalar, Source>(size, false, random);
+    check_dot_products<Scalar, Source>(size, true, random);
+    check_rows_products<Scalar, Source>(size, simd::Store::set, random);
+    check_rows_products<Scalar, Source>(size, simd::Store::add, random);
+  });
+}
+
+}  // namespace
+
+TEST_CASE("products with rows as they lie are those of plain loops") {
+  SECTION("float") { check_all<float, float>(); }
+  SECTION("double") { check_all<double, double>(); }
+  SECTION("long double") { check_all<long double, long double>(); }
+  SECTION("bfloat16") { check_all<float, Eigen::bfloat16>(); }
+  SECTION("half") { check_all<float, Eigen::half>(); }
+}
