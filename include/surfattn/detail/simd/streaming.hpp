@@ -271,9 +271,9 @@ SURFATTN_NEVER_INLINE void set_products_in_blocks(const DotProducts<Scalar, Sour
                                                   Ahead& ahead) {
   const Index whole = all.width / lanes<Scalar> * lanes<Scalar>;
   for (Index head = 0; head < all.heads; ++head) {
-    const auto keys = all.keys_of.of(head);
     dot_columns<(registers >= 32 ? 4 : 2), 4>(0, all.rows, all.keys, whole, all.queries_of.of(head),
-                                              keys, all.products_of.of(head), ahead);
+                                              all.keys_of.of(head), all.products_of.of(head),
+                                              ahead);
   }
 }
 
@@ -329,75 +329,52 @@ struct RowsProducts {
   HeadRows<Scalar> c;
 };
 
-/// c += Σ_n factor_n·b_n over `Packets` packets, where the b_n are rows as they lie; or c is set.
-template <int Packets, bool asks, int Depth, class Scalar, class Source>
-SURFATTN_ALWAYS_INLINE void add_scaled_rows(const Packet<Scalar> (&factors)[Depth],
-                                            const RowPointers<Depth, const Source>& b, Index col,
-                                            bool is_first, Scalar* c) {
-  Packet<Scalar> sums[Packets];
-  SURFATTN_UNROLL
-  for (int p = 0; p < Packets; ++p)
-    sums[p] = is_first ? broadcast(Scalar(0)) : load_unaligned(c + col + p * lanes<Scalar>);
-  SURFATTN_UNROLL
-  for (int n = 0; n < Depth; ++n) {
+/// One row of C of each head over `Packets` packets of columns from `col` on.
+template <int Packets, bool asks, class Scalar, class Source>
+SURFATTN_NEVER_INLINE void set_packets_of_row(Index row, Index col,
+                                              const RowsProducts<Scalar, Source>& all) {
+  auto a = all.a.first.from(row);
+  auto b = all.b.first.from(0, col);
+  auto c = all.c.first.from(row, col);
+  for (Index head = all.heads; head > 0; --head) {
+    Packet<Scalar> sums[Packets];
     SURFATTN_UNROLL
     for (int p = 0; p < Packets; ++p) {
-      ask_ahead<asks>(b.at[n] + col + p * lanes<Scalar>);
-      sums[p] =
-          multiply_add(factors[n], load_as<Scalar>(b.at[n] + col + p * lanes<Scalar>), sums[p]);
+      sums[p] = all.mode == Store::set ? broadcast(Scalar(0))
+                                       : load_unaligned(c.data + p * lanes<Scalar>);
     }
-  }
-  SURFATTN_UNROLL
-  for (int p = 0; p < Packets; ++p) store_unaligned(c + col + p * lanes<Scalar>, sums[p]);
-}
-
-/// One row of C of each head: `Depth` rows of B, from `k` on, over whole packets.
-template <int Depth, bool asks, class Scalar, class Source>
-SURFATTN_NEVER_INLINE void add_rows_to_row(Index row, Index k,
-                                           const RowsProducts<Scalar, Source>& all) {
-  const Index whole = all.width / lanes<Scalar> * lanes<Scalar>;
-  const bool is_first = all.mode == Store::set && k == 0;
-  auto a = all.a.first.from(row, k);
-  auto b = all.b.first.from(k);
-  auto c = all.c.first.from(row);
-  for (Index head = all.heads; head > 0; --head) {
-    const auto rows = pointers_to<Depth>(b);
-    Packet<Scalar> factors[Depth];
+    const Source* from = b.data;
+    for (Index k = 0; k < all.depth; ++k, from += b.stride) {
+      const auto factor = broadcast(a.data[k]);
+      SURFATTN_UNROLL
+      for (int p = 0; p < Packets; ++p) {
+        ask_ahead<asks>(from + p * lanes<Scalar>);
+        sums[p] = multiply_add(factor, load_as<Scalar>(from + p * lanes<Scalar>), sums[p]);
+      }
+    }
     SURFATTN_UNROLL
-    for (int n = 0; n < Depth; ++n) factors[n] = broadcast(a.data[n]);
-    Index col = 0;
-    for (; col + 2 * lanes<Scalar> <= whole; col += 2 * lanes<Scalar>)
-      add_scaled_rows<2, asks, Depth, Scalar, Source>(factors, rows, col, is_first, c.data);
-    if (col < whole)
-      add_scaled_rows<1, asks, Depth, Scalar, Source>(factors, rows, col, is_first, c.data);
+    for (int p = 0; p < Packets; ++p) store_unaligned(c.data + p * lanes<Scalar>, sums[p]);
     a.data += all.a.head_stride;
     b.data += all.b.head_stride;
     c.data += all.c.head_stride;
   }
 }
 
-/// All rows of C, one after the other while the rows of B are in the first-level cache, from row `k` of
-/// B on in steps of `Depth` and then one by one.
-template <int Depth, bool asks, class Scalar, class Source>
-void set_rows_one_by_one(Index k, const RowsProducts<Scalar, Source>& all) {
-  for (; k + Depth <= all.depth; k += Depth) {
-    for (Index row = 0; row < all.rows; ++row) add_rows_to_row<Depth, asks>(row, k, all);
+/// The whole packets of a row of C from `col` on, in steps of `Packets` and then of half as many.
+template <int Packets, bool asks, class Scalar, class Source>
+void set_row(Index row, Index col, const RowsProducts<Scalar, Source>& all) {
+  constexpr Index step = Packets * lanes<Scalar>;
+  for (; col + step <= all.width; col += step) set_packets_of_row<Packets, asks>(row, col, all);
+  if constexpr (Packets > 1) {
+    if (col < all.width) set_row<Packets / 2, asks>(row, col, all);
   }
-  if constexpr (Depth > 1) set_rows_one_by_one<1, false>(k, all);
 }
 
-/// The same of a single head: every `Depth` of its rows are taken for those of a head of their own,
-/// with the same results.
-template <int Depth, class Scalar, class Source>
-void set_rows_of_single_head(const RowsProducts<Scalar, Source>& all) {
-  const Index groups = all.depth / Depth;
-  auto as_heads = all;
-  as_heads.heads = groups, as_heads.depth = Depth;
-  as_heads.a.head_stride = Depth;
-  as_heads.b.head_stride = Depth * all.b.first.stride;
-  as_heads.c.head_stride = 0;
-  set_rows_one_by_one<Depth, true>(0, as_heads);
-  set_rows_one_by_one<1, false>(groups * Depth, all);
+/// All rows of C, one after the other while the rows of B are in the first-level cache.
+template <bool asks, class Scalar, class Source>
+void set_rows_one_by_one(const RowsProducts<Scalar, Source>& all) {
+  constexpr int most = registers >= 32 ? 16 : 8;
+  for (Index row = 0; row < all.rows; ++row) set_row<most, asks>(row, 0, all);
 }
 
 /// `Rows` rows of C over `Packets` packets of columns.
@@ -491,8 +468,7 @@ SURFATTN_NEVER_INLINE void set_rows_in_blocks(const RowsProducts<Scalar, Source>
 template <class Scalar, class Source, class Ahead>
 void set_rows_products(const RowsProducts<Scalar, Source>& all, Ahead& ahead) {
   if (all.rows < fewest_rows_of_blocks) {
-    const bool adds = all.mode == Store::add && all.heads == 1;
-    adds ? set_rows_of_single_head<4>(all) : set_rows_one_by_one<4, false>(0, all);
+    all.heads == 1 ? set_rows_one_by_one<true>(all) : set_rows_one_by_one<false>(all);
   } else {
     set_rows_in_blocks(all, ahead);
   }
