@@ -2,6 +2,8 @@
 // by what float arithmetic leaves (tests/support/bounds.hpp), and, in gradients, by the rounding of
 // the stored output that D_i = dO_i·O_i reads.
 #include <Eigen/Core>
+#include <cmath>
+#include <cstdint>
 #include <limits>
 #include <random>
 #include <surfattn/executors/thread_pool.hpp>
@@ -242,4 +244,38 @@ TEMPLATE_TEST_CASE("A NaN behind a mask reaches nothing in 16-bit storage", "", 
     const auto seen = attention(p.queries, p.keys, p.values);
     CHECK(wide(seen).array().isNaN().all());
   }
+}
+
+TEMPLATE_TEST_CASE("16-bit numbers become packets of floats and back", "", Eigen::half,
+                   Eigen::bfloat16) {
+  using Stored = TestType;
+  namespace simd = surfattn::detail::simd;
+  constexpr Index lanes = simd::lanes<float>;
+  constexpr Index count = Index(1) << 16;
+  const auto bits = [](Stored x) { return Eigen::numext::bit_cast<std::uint16_t>(x); };
+  std::vector<Stored> all(count), back(count);
+  for (Index i = 0; i < count; ++i)
+    all[std::size_t(i)] = Eigen::numext::bit_cast<Stored>(static_cast<std::uint16_t>(i));
+  std::vector<float> wide(count);
+  for (Index i = 0; i < count; i += lanes) {
+    const auto packet = simd::load_as<float>(&all[std::size_t(i)]);
+    simd::store_unaligned(&wide[std::size_t(i)], packet);
+    simd::store_as<float>(&back[std::size_t(i)], packet);
+  }
+  Index different = 0;
+  for (std::size_t i = 0; i < all.size(); ++i) {
+    const float expected = static_cast<float>(all[i]);
+    const bool is_nan = std::isnan(expected);
+    different += is_nan ? !std::isnan(wide[i]) || !std::isnan(static_cast<float>(back[i]))
+                        : !(wide[i] == expected) || bits(back[i]) != bits(all[i]);
+  }
+  CHECK(different == 0);
+
+  auto random = test::seeded_random();
+  const Matrix<float> numbers = test::random_matrix<float>(1, count, random);
+  for (Index i = 0; i < count; i += lanes)
+    simd::store_as<float>(&back[std::size_t(i)], simd::load_unaligned(numbers.data() + i));
+  for (Index i = 0; i < count; ++i)
+    different += bits(back[std::size_t(i)]) != bits(static_cast<Stored>(numbers(0, i)));
+  CHECK(different == 0);
 }

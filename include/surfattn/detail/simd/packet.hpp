@@ -129,6 +129,44 @@ template <class Scalar, class Source>
 inline constexpr bool casts_packets =
     lanes<Scalar> != 1 && Eigen::internal::unpacket_traits<Packet<Source>>::size == lanes<Scalar>;
 
+/// Whether the target converts between Eigen::half and packets of floats. Eigen's own cast of packets
+/// does so number by number where it takes GCC for an old Clang (3.4.0), in twenty times the time.
+template <class Scalar, class Stored>
+inline constexpr bool converts_half =
+#if defined(__F16C__)
+    std::is_same_v<Scalar, float>&& std::is_same_v<Stored, Eigen::half>&& lanes<float> >= 8;
+#else
+    false;
+#endif
+
+#if defined(__F16C__)
+
+SURFATTN_ALWAYS_INLINE Packet<float> load_half(const Eigen::half* from) {
+#if defined(EIGEN_VECTORIZE_AVX512)
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#else
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#endif
+}
+
+/// Rounded to the nearest, as by Eigen.
+SURFATTN_ALWAYS_INLINE void store_half(Eigen::half* to, Packet<float> packet) {
+#if defined(EIGEN_VECTORIZE_AVX512)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                      _mm512_cvtps_ph(packet, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
+                   _mm256_cvtps_ph(packet, _MM_FROUND_TO_NEAREST_INT));
+#endif
+}
+
+#else
+
+Packet<float> load_half(const Eigen::half* from);               // never called
+void store_half(Eigen::half* to, const Packet<float>& packet);  // never called
+
+#endif
+
 /// As many numbers as a packet of `Scalar` has lanes, from any address, as such a packet.
 template <class Scalar, class Source>
 SURFATTN_ALWAYS_INLINE Packet<Scalar> load_as(const Source* from) {
@@ -139,6 +177,8 @@ SURFATTN_ALWAYS_INLINE Packet<Scalar> load_as(const Source* from) {
     __builtin_memcpy(&bits, from, sizeof bits);
     const auto wide = __builtin_convertvector(bits, typename integers<Scalar, 4>::type) << 16;
     return __builtin_bit_cast(Packet<Scalar>, wide);
+  } else if constexpr (converts_half<Scalar, Source>) {
+    return load_half(from);
   } else if constexpr (casts_packets<Scalar, Source>) {
     return Eigen::internal::pcast<Packet<Source>, Packet<Scalar>>(load_unaligned(from));
   } else {
@@ -153,6 +193,8 @@ template <class Scalar, class Result>
 SURFATTN_ALWAYS_INLINE void store_as(Result* to, Packet<Scalar> packet) {
   if constexpr (std::is_same_v<Scalar, Result>) {
     store_unaligned(to, packet);
+  } else if constexpr (converts_half<Scalar, Result>) {
+    store_half(to, packet);
   } else if constexpr (casts_packets<Scalar, Result> && std::is_same_v<Result, Eigen::half>) {
     store_unaligned(to, Eigen::internal::pcast<Packet<Scalar>, Packet<Result>>(packet));
   } else {
