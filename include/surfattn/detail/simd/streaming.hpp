@@ -20,8 +20,13 @@
 ///   addresses and keep some in vector registers, where they queue behind sums that wait for memory.
 namespace surfattn::detail::simd {
 
-/// Fewer rows of queries are taken one by one, and these or more in blocks.
+/// Fewer rows of queries are taken one by one.
 inline constexpr Index fewest_rows_of_blocks = 4;
+
+/// How many rows are taken in blocks; one may be left.
+constexpr Index rows_in_blocks(Index rows) {
+  return rows < fewest_rows_of_blocks ? 0 : rows / 2 * 2;
+}
 
 /// Rows of contiguous numbers.
 template <class Element>
@@ -202,27 +207,27 @@ SURFATTN_NEVER_INLINE void set_products_of_query(Index row, Index key,
   }
 }
 
-/// All queries, one after the other while the keys are in the first-level cache, against the keys from
-/// `key` on, in steps of `Keys` and then one by one.
+/// The queries from `first` on, one after the other while the keys are in the first-level cache, against
+/// the keys from `key` on, in steps of `Keys` and then one by one.
 template <int Keys, bool asks, class Scalar, class Source>
-void set_products_one_by_one(Index key, const DotProducts<Scalar, Source>& all) {
+void set_products_one_by_one(Index first, Index key, const DotProducts<Scalar, Source>& all) {
   for (; key + Keys <= all.keys; key += Keys) {
-    for (Index row = 0; row < all.rows; ++row) set_products_of_query<Keys, asks>(row, key, all);
+    for (Index row = first; row < all.rows; ++row) set_products_of_query<Keys, asks>(row, key, all);
   }
-  if constexpr (Keys > 1) set_products_one_by_one<1, false>(key, all);
+  if constexpr (Keys > 1) set_products_one_by_one<1, false>(first, key, all);
 }
 
 /// The same of a single head: every `Keys` of its keys are taken for those of a head of their own.
 template <int Keys, class Scalar, class Source>
-void set_products_of_single_head(const DotProducts<Scalar, Source>& all) {
+void set_products_of_single_head(Index first, const DotProducts<Scalar, Source>& all) {
   const Index groups = all.keys / Keys;
   auto as_heads = all;
   as_heads.heads = groups, as_heads.keys = Keys;
   as_heads.queries_of.head_stride = 0;
   as_heads.keys_of.head_stride = Keys * all.keys_of.first.stride;
   as_heads.products_of.head_stride = Keys;
-  set_products_one_by_one<Keys, true>(0, as_heads);
-  set_products_one_by_one<1, false>(groups * Keys, all);
+  set_products_one_by_one<Keys, true>(first, 0, as_heads);
+  set_products_one_by_one<1, false>(first, groups * Keys, all);
 }
 
 /// `Rows` queries against `Keys` keys over whole packets.
@@ -239,7 +244,8 @@ SURFATTN_ALWAYS_INLINE void dot_block(Index whole, ContiguousRows<const Scalar> 
   sums.store(products);
 }
 
-/// The queries from `row` on against `Keys` keys, in steps of `Rows` and then of half as many.
+/// The queries from `row` on, in pairs at least, against `Keys` keys, in blocks of `Rows` and then of
+/// half as many.
 template <int Rows, int Keys, class Scalar, class Source, class Ahead>
 SURFATTN_ALWAYS_INLINE void dot_column(Index row, Index rows, Index whole,
                                        ContiguousRows<const Scalar> queries,
@@ -247,34 +253,32 @@ SURFATTN_ALWAYS_INLINE void dot_column(Index row, Index rows, Index whole,
                                        ContiguousRows<Scalar> products, Ahead& ahead) {
   for (; row + Rows <= rows; row += Rows)
     dot_block<Rows, Keys>(whole, queries.from(row), keys, products.from(row), ahead);
-  if constexpr (Rows > 1) {
-    if (row < rows) dot_column<Rows / 2, Keys>(row, rows, whole, queries, keys, products, ahead);
+  if constexpr (Rows > 2) {
+    if (row + 2 <= rows)
+      dot_column<Rows / 2, Keys>(row, rows, whole, queries, keys, products, ahead);
   }
 }
 
-/// All queries against the keys from `key` on, in steps of `Keys` and then of half as many.
+/// Those queries of one head against its keys from `key` on, in steps of `Keys` and then of half as many.
 template <int Rows, int Keys, class Scalar, class Source, class Ahead>
-SURFATTN_ALWAYS_INLINE void dot_columns(Index key, Index rows, Index count, Index whole,
-                                        ContiguousRows<const Scalar> queries,
-                                        ContiguousRows<const Source> keys,
-                                        ContiguousRows<Scalar> products, Ahead& ahead) {
-  for (; key + Keys <= count; key += Keys)
-    dot_column<Rows, Keys>(0, rows, whole, queries, keys.from(key), products.from(0, key), ahead);
+SURFATTN_ALWAYS_INLINE void dot_columns(Index key, Index head,
+                                        const DotProducts<Scalar, Source>& all, Ahead& ahead) {
+  const Index whole = all.width / lanes<Scalar> * lanes<Scalar>;
+  for (; key + Keys <= all.keys; key += Keys) {
+    dot_column<Rows, Keys>(0, all.rows, whole, all.queries_of.of(head),
+                           all.keys_of.of(head).from(key), all.products_of.of(head).from(0, key),
+                           ahead);
+  }
   if constexpr (Keys > 1) {
-    if (key < count)
-      dot_columns<Rows, Keys / 2>(key, rows, count, whole, queries, keys, products, ahead);
+    if (key < all.keys) dot_columns<Rows, Keys / 2>(key, head, all, ahead);
   }
 }
 
 template <class Scalar, class Source, class Ahead>
 SURFATTN_NEVER_INLINE void set_products_in_blocks(const DotProducts<Scalar, Source>& all,
                                                   Ahead& ahead) {
-  const Index whole = all.width / lanes<Scalar> * lanes<Scalar>;
-  for (Index head = 0; head < all.heads; ++head) {
-    dot_columns<(registers >= 32 ? 4 : 2), 4>(0, all.rows, all.keys, whole, all.queries_of.of(head),
-                                              all.keys_of.of(head), all.products_of.of(head),
-                                              ahead);
-  }
+  constexpr int rows = registers >= 32 ? 4 : 2;  // room for all sums, the keys, and a query
+  for (Index head = 0; head < all.heads; ++head) dot_columns<rows, 4>(0, head, all, ahead);
 }
 
 /// The norms of keys that are in a cache, over whole packets: apart from the products, which wait for
@@ -308,11 +312,11 @@ SURFATTN_NEVER_INLINE void add_products_of_rest(const DotProducts<Scalar, Source
 /// `ahead`: what several queries, which take longer than the memory of their keys, ask for meanwhile.
 template <class Scalar, class Source, class Ahead>
 void set_dot_products(const DotProducts<Scalar, Source>& all, Ahead& ahead) {
-  if (all.rows < fewest_rows_of_blocks) {
-    all.heads == 1 ? set_products_of_single_head<4>(all)
-                   : set_products_one_by_one<4, false>(0, all);
-  } else {
-    set_products_in_blocks(all, ahead);
+  const Index in_blocks = rows_in_blocks(all.rows);
+  if (in_blocks > 0) set_products_in_blocks(all, ahead);
+  if (in_blocks < all.rows) {
+    all.heads == 1 ? set_products_of_single_head<4>(in_blocks, all)
+                   : set_products_one_by_one<4, false>(in_blocks, 0, all);
   }
   if (all.norms) set_norms(all);
   if (all.width % lanes<Scalar> != 0) add_products_of_rest(all);
@@ -370,11 +374,11 @@ void set_row(Index row, Index col, const RowsProducts<Scalar, Source>& all) {
   }
 }
 
-/// All rows of C, one after the other while the rows of B are in the first-level cache.
+/// The rows of C from `row` on, one after the other while the rows of B are in the first-level cache.
 template <bool asks, class Scalar, class Source>
-void set_rows_one_by_one(const RowsProducts<Scalar, Source>& all) {
+void set_rows_one_by_one(Index row, const RowsProducts<Scalar, Source>& all) {
   constexpr int most = registers >= 32 ? 16 : 8;
-  for (Index row = 0; row < all.rows; ++row) set_row<most, asks>(row, 0, all);
+  for (; row < all.rows; ++row) set_row<most, asks>(row, 0, all);
 }
 
 /// `Rows` rows of C over `Packets` packets of columns.
@@ -412,32 +416,28 @@ SURFATTN_ALWAYS_INLINE void rows_block(Store mode, Index depth, ContiguousRows<c
   }
 }
 
-/// The whole packets of columns of C from `col` on, in steps of `Packets` packets and then of half as
-/// many.
+/// `Rows` rows of C over the whole packets of columns from `col` on, in steps of `Packets` packets and
+/// then of half as many.
 template <int Rows, int Packets, class Scalar, class Source, class Ahead>
-SURFATTN_ALWAYS_INLINE void rows_columns(Index col, const RowsProducts<Scalar, Source>& all,
-                                         ContiguousRows<const Scalar> a,
-                                         ContiguousRows<const Source> b, ContiguousRows<Scalar> c,
-                                         Ahead& ahead) {
+SURFATTN_ALWAYS_INLINE void rows_columns(Index row, Index col, Index head,
+                                         const RowsProducts<Scalar, Source>& all, Ahead& ahead) {
   constexpr Index step = Packets * lanes<Scalar>;
   for (; col + step <= all.width; col += step) {
-    rows_block<Rows, Packets>(all.mode, all.depth, a, b.from(0, col), c.from(0, col), ahead);
+    rows_block<Rows, Packets>(all.mode, all.depth, all.a.of(head).from(row),
+                              all.b.of(head).from(0, col), all.c.of(head).from(row, col), ahead);
   }
-  if constexpr (Packets > 1) rows_columns<Rows, Packets / 2>(col, all, a, b, c, ahead);
+  if constexpr (Packets > 1) rows_columns<Rows, Packets / 2>(row, col, head, all, ahead);
 }
 
-/// The rows of C from `row` on, in steps of `Rows` and then of half as many: the fewer the rows,
-/// the wider the block of columns, so that there are always as many sums under way.
+/// The rows of C from `row` on, in pairs at least, in blocks of `Rows` and then of half as many: the
+/// fewer the rows, the wider the block of columns, so that there are always as many sums under way.
 template <int Rows, class Scalar, class Source, class Ahead>
 SURFATTN_ALWAYS_INLINE void rows_of_product(Index row, Index head,
                                             const RowsProducts<Scalar, Source>& all, Ahead& ahead) {
   constexpr int packets = (registers >= 32 ? 16 : 8) / Rows;
-  for (; row + Rows <= all.rows; row += Rows) {
-    rows_columns<Rows, packets>(0, all, all.a.of(head).from(row), all.b.of(head),
-                                all.c.of(head).from(row), ahead);
-  }
-  if constexpr (Rows > 1) {
-    if (row < all.rows) rows_of_product<Rows / 2>(row, head, all, ahead);
+  for (; row + Rows <= all.rows; row += Rows) rows_columns<Rows, packets>(row, 0, head, all, ahead);
+  if constexpr (Rows > 2) {
+    if (row + 2 <= all.rows) rows_of_product<Rows / 2>(row, head, all, ahead);
   }
 }
 
@@ -467,10 +467,11 @@ SURFATTN_NEVER_INLINE void set_rows_in_blocks(const RowsProducts<Scalar, Source>
 /// `ahead` as for `set_dot_products`.
 template <class Scalar, class Source, class Ahead>
 void set_rows_products(const RowsProducts<Scalar, Source>& all, Ahead& ahead) {
-  if (all.rows < fewest_rows_of_blocks) {
-    all.heads == 1 ? set_rows_one_by_one<true>(all) : set_rows_one_by_one<false>(all);
-  } else {
-    set_rows_in_blocks(all, ahead);
+  const Index in_blocks = rows_in_blocks(all.rows);
+  if (in_blocks > 0) set_rows_in_blocks(all, ahead);
+  if (in_blocks < all.rows) {
+    all.heads == 1 ? set_rows_one_by_one<true>(in_blocks, all)
+                   : set_rows_one_by_one<false>(in_blocks, all);
   }
   if (all.width % lanes<Scalar> != 0) set_rest_of_rows(all);
 }
