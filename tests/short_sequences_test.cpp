@@ -1,7 +1,6 @@
 // Sequences so short that all keys are one run: read and written where they lie, where storage and widths allow.
-#include <cstring>
-
 #include "support/accuracy.hpp"
+#include "support/same_bits.hpp"
 
 using namespace surfattn;
 using namespace surfattn::test;
@@ -13,12 +12,6 @@ namespace {
 const std::vector<Sizes> short_sizes = {
     {10, 10, 256, 256, 2, 2}, {1, 7, 32, 16, 4, 2}, {3, 5, 32, 32, 4, 2},  {7, 15, 24, 40, 2, 2},
     {9, 16, 16, 64, 1, 1},    {2, 0, 16, 16, 2, 2}, {16, 13, 48, 16, 3, 3}};
-
-bool same_bits(const Matrix<float>& a, const Matrix<float>& b) {
-  return a.rows() == b.rows() && a.cols() == b.cols() &&
-         (a.size() == 0 ||
-          std::memcmp(a.data(), b.data(), static_cast<std::size_t>(a.size()) * sizeof(float)) == 0);
-}
 
 }  // namespace
 

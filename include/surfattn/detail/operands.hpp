@@ -76,26 +76,20 @@ struct Operands {
 
   /// The keys [first, first + count) of all heads, in one segment.
   KeySegment<Scalar> segment_of(Index first, Index count) const {
-    const bool is_later = first >= keys.rows;
-    const KeySegment<Scalar> whole = is_later ? more : KeySegment<Scalar>{keys, values, log_prior};
-    const Index row = is_later ? first - keys.rows : first;
-    return {whole.keys.block_rows(row, count), whole.values.block_rows(row, count),
-            whole.log_prior.block_rows(row, count)};
+    return {in_segment(keys, more.keys, first, count),
+            in_segment(values, more.values, first, count), log_prior_of(first, count)};
   }
 
   /// The same of one head, and what is shared by all. From the parts alone: a whole segment would be
   /// copied in memory for each, see simd/streaming.hpp.
   MatrixView<const Scalar> keys_of(Index head, Index first, Index count) const {
-    const auto& rows = first < keys.rows ? keys : more.keys;
-    return head_of_keys(rows, head).block_rows(first_in_segment(first), count);
+    return head_of_keys(in_segment(keys, more.keys, first, count), head);
   }
   MatrixView<const Scalar> values_of(Index head, Index first, Index count) const {
-    const auto& rows = first < keys.rows ? values : more.values;
-    return head_of_values(rows, head).block_rows(first_in_segment(first), count);
+    return head_of_values(in_segment(values, more.values, first, count), head);
   }
   MatrixView<const Accumulator> log_prior_of(Index first, Index count) const {
-    const auto& rows = first < keys.rows ? log_prior : more.log_prior;
-    return rows.block_rows(first_in_segment(first), count);
+    return in_segment(log_prior, more.log_prior, first, count);
   }
 
   /// The problem of one sequence of the batch.
@@ -111,8 +105,12 @@ struct Operands {
   }
 
  private:
-  Index first_in_segment(Index first) const {
-    return first < keys.rows ? first : first - keys.rows;
+  /// The rows of some keys, which lie in `rows` or in what follows these.
+  template <class Element>
+  MatrixView<Element> in_segment(const MatrixView<Element>& rows, const MatrixView<Element>& later,
+                                 Index first, Index count) const {
+    return first < keys.rows ? rows.block_rows(first, count)
+                             : later.block_rows(first - keys.rows, count);
   }
   MatrixView<const Scalar> head_of_keys(const MatrixView<const Scalar>& rows, Index head) const {
     return rows.block_cols(head * shape.head_dim, shape.head_dim);

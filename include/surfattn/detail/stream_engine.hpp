@@ -70,7 +70,6 @@ struct StreamBuffers {
   Index query_stride;
   Index score_stride;
   Accumulator* queries;
-  Index bias_stride;
   Accumulator* key_bias;
   Accumulator* packed_rows;  ///< of a step that cannot be used as they lie
   Accumulator* scores;
@@ -80,11 +79,10 @@ struct StreamBuffers {
 
   StreamBuffers(Arena& arena, const Shape& shape, Index run)
       : query_stride(simd::padded<Accumulator>(shape.head_dim)),
-        score_stride(detail::score_stride<Accumulator>(run)),
-        bias_stride(simd::padded<Accumulator>(run)) {
+        score_stride(detail::score_stride<Accumulator>(run)) {
     const Index rows = shape.query_heads * shape.queries;
     queries = arena.take<Accumulator>(rows * query_stride);
-    key_bias = arena.take<Accumulator>(shape.key_value_heads * bias_stride);
+    key_bias = arena.take<Accumulator>(simd::padded<Accumulator>(run));
     packed_rows = arena.take<Accumulator>(
         run * simd::padded<Accumulator>(std::max(shape.head_dim, shape.value_dim)));
     scores = arena.take<Accumulator>(rows * score_stride);
@@ -170,7 +168,7 @@ class StreamTask {
  private:
   /// Whether queries are taken several at a time. They then take longer than the memory of their keys
   /// and ask for it ahead; single ones leave that to the hardware.
-  bool takes_blocks() const { return rows_ >= simd::fewest_rows_of_blocks; }
+  bool takes_blocks() const { return simd::rows_in_blocks(rows_) > 0; }
 
   /// The next run comes from memory while one is computed, for all heads.
   void look_ahead_to_run(Index first_key, Index wanted, Index keys) {
@@ -266,8 +264,8 @@ class StreamTask {
     }
   }
 
-  /// q_i·k_j of some key/value heads and all query heads that share them, and ‖k_j‖² where the norms
-  /// count, for the keys [first, first + count) of a run.
+  /// q_i·k_j of some key/value heads and all query heads that share them, for the keys [first, first +
+  /// count) of a run.
   void multiply_keys(Index head, Index heads, Index first_key, Index first, Index count) {
     const auto rows = operands_.keys_of(head, first_key + first, count);
     if (rows.col_stride == 1)
@@ -283,7 +281,6 @@ class StreamTask {
   template <class Source>
   void multiply_rows(Index head, Index heads, Index first, Index count, const Source* keys,
                      Index stride) {
-    const bool has_norms = operands_.key_norm_weight != Accumulator(0);
     simd::set_dot_products<Accumulator, Source>(
         {heads,
          rows_,
@@ -291,9 +288,7 @@ class StreamTask {
          shape_.head_dim,
          queries_from(head),
          {{keys, stride}, shape_.head_dim},
-         {{scores(head, 0, first).data, buffers_.score_stride}, rows_ * buffers_.score_stride},
-         has_norms ? key_bias(head) + first : nullptr,
-         buffers_.bias_stride},
+         {{scores(head, 0, first).data, buffers_.score_stride}, rows_ * buffers_.score_stride}},
         keys_ahead_);
   }
 
@@ -308,13 +303,14 @@ class StreamTask {
 
   Index head_of(Index head, Index row) const { return head * group_ + row / shape_.queries; }
 
-  /// Products → scores.
+  /// Products → scores. The norms of keys are formed while these are in a cache, and not beside the
+  /// products, which wait for memory.
   void finish_products(Index head, Index first_key, Index keys, Coverage coverage) {
-    Accumulator* const bias = key_bias(head);
-    if (operands_.key_norm_weight == Accumulator(0)) std::fill_n(bias, keys, Accumulator(0));
-    finish_key_bias(operands_, head, first_key, keys, bias);
+    fill_key_bias(operands_, head, first_key, operands_.keys_of(head, first_key, keys),
+                  buffers_.key_bias);
     for (Index row = 0; row < rows_; ++row) {
-      simd::scale_and_add_row(bias, log2_scale(operands_), scores(head).from(row).data, keys);
+      simd::scale_and_add_row(buffers_.key_bias, log2_scale(operands_), scores(head).from(row).data,
+                              keys);
     }
     for (Index member = 0; member < group_; ++member) {
       const Tile tile = tile_of(head, member, first_key, keys);
@@ -473,9 +469,6 @@ class StreamTask {
   simd::Tile<Accumulator> scores(Index head, Index member = 0, Index first = 0) const {
     const Index row = head * rows_ + member * shape_.queries;
     return {buffers_.scores + row * buffers_.score_stride + first, buffers_.score_stride};
-  }
-  Accumulator* key_bias(Index head) const {
-    return buffers_.key_bias + head * buffers_.bias_stride;
   }
 
   const Operands<Scalar>& operands_;

@@ -28,6 +28,12 @@ constexpr Index rows_in_blocks(Index rows) {
   return rows < fewest_rows_of_blocks ? 0 : rows / 2 * 2;
 }
 
+/// How many of `count` numbers fill whole packets.
+template <class Scalar>
+constexpr Index in_whole_packets(Index count) {
+  return count / lanes<Scalar> * lanes<Scalar>;
+}
+
 /// Rows of contiguous numbers.
 template <class Element>
 struct ContiguousRows {
@@ -164,16 +170,13 @@ SURFATTN_ALWAYS_INLINE void ask_ahead(const Source* from) {
 }
 
 /// C = Q·Kᵀ for each of `heads` heads: `rows` queries, `keys` keys, of `width` numbers. The rows of Q
-/// end with whole packets (packed ones are padded with zeros), those of K are as they lie. Writes
-/// ‖k_j‖² to `norms` too, `norms_stride` apart for each head, unless that is null.
+/// end with whole packets (packed ones are padded with zeros), those of K are as they lie.
 template <class Scalar, class Source>
 struct DotProducts {
   Index heads, rows, keys, width;
   HeadRows<const Scalar> queries_of;
   HeadRows<const Source> keys_of;
   HeadRows<Scalar> products_of;
-  Scalar* norms;
-  Index norms_stride;
 };
 
 /// One query of each head against `Keys` keys from `key` on, over whole packets.
@@ -181,7 +184,7 @@ template <int Keys, bool asks, class Scalar, class Source>
 SURFATTN_NEVER_INLINE void set_products_of_query(Index row, Index key,
                                                  const DotProducts<Scalar, Source>& all) {
   constexpr Index both = 2 * lanes<Scalar>;
-  const Index whole = all.width / lanes<Scalar> * lanes<Scalar>;
+  const Index whole = in_whole_packets<Scalar>(all.width);
   auto query = all.queries_of.first.from(row);
   auto keys = all.keys_of.first.from(key);
   auto products = all.products_of.first.from(row, key);
@@ -263,7 +266,7 @@ SURFATTN_ALWAYS_INLINE void dot_column(Index row, Index rows, Index whole,
 template <int Rows, int Keys, class Scalar, class Source, class Ahead>
 SURFATTN_ALWAYS_INLINE void dot_columns(Index key, Index head,
                                         const DotProducts<Scalar, Source>& all, Ahead& ahead) {
-  const Index whole = all.width / lanes<Scalar> * lanes<Scalar>;
+  const Index whole = in_whole_packets<Scalar>(all.width);
   for (; key + Keys <= all.keys; key += Keys) {
     dot_column<Rows, Keys>(0, all.rows, whole, all.queries_of.of(head),
                            all.keys_of.of(head).from(key), all.products_of.of(head).from(0, key),
@@ -281,28 +284,15 @@ SURFATTN_NEVER_INLINE void set_products_in_blocks(const DotProducts<Scalar, Sour
   for (Index head = 0; head < all.heads; ++head) dot_columns<rows, 4>(0, head, all, ahead);
 }
 
-/// The norms of keys that are in a cache, over whole packets: apart from the products, which wait for
-/// memory.
-template <class Scalar, class Source>
-void set_norms(const DotProducts<Scalar, Source>& all) {
-  const Index whole = all.width / lanes<Scalar> * lanes<Scalar>;
-  for (Index head = 0; head < all.heads; ++head) {
-    const auto keys = all.keys_of.of(head);
-    squared_norms(MatrixView<const Source>{keys.data, all.keys, whole, keys.stride, 1},
-                  all.norms + head * all.norms_stride);
-  }
-}
-
 /// Adds what the last numbers, which fill no packet, contribute.
 template <class Scalar, class Source>
 SURFATTN_NEVER_INLINE void add_products_of_rest(const DotProducts<Scalar, Source>& all) {
-  const Index first = all.width / lanes<Scalar> * lanes<Scalar>;
+  const Index first = in_whole_packets<Scalar>(all.width);
   for (Index head = 0; head < all.heads; ++head) {
     const auto queries = all.queries_of.of(head);
     const auto products = all.products_of.of(head);
     for (Index j = 0; j < all.keys; ++j) {
       const auto key = gather<Scalar>(all.keys_of.of(head).row(j) + first, 1, all.width - first);
-      if (all.norms) all.norms[head * all.norms_stride + j] += sum(multiply(key, key));
       for (Index i = 0; i < all.rows; ++i)
         products.row(i)[j] += sum(multiply(load_unaligned(queries.row(i) + first), key));
     }
@@ -318,7 +308,6 @@ void set_dot_products(const DotProducts<Scalar, Source>& all, Ahead& ahead) {
     all.heads == 1 ? set_products_of_single_head<4>(in_blocks, all)
                    : set_products_one_by_one<4, false>(in_blocks, 0, all);
   }
-  if (all.norms) set_norms(all);
   if (all.width % lanes<Scalar> != 0) add_products_of_rest(all);
 }
 
@@ -444,7 +433,7 @@ SURFATTN_ALWAYS_INLINE void rows_of_product(Index row, Index head,
 /// The columns that fill no packet.
 template <class Scalar, class Source>
 SURFATTN_NEVER_INLINE void set_rest_of_rows(const RowsProducts<Scalar, Source>& all) {
-  const Index first = all.width / lanes<Scalar> * lanes<Scalar>;
+  const Index first = in_whole_packets<Scalar>(all.width);
   for (Index head = 0; head < all.heads; ++head) {
     for (Index i = 0; i < all.rows; ++i) {
       Scalar* const to = all.c.of(head).row(i) + first;
