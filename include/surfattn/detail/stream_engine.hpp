@@ -70,7 +70,7 @@ struct StreamBuffers {
   Index query_stride;
   Index score_stride;
   Accumulator* queries;
-  Accumulator* key_bias;
+  Accumulator* key_bias;     ///< of the run at hand, one row for each key/value head
   Accumulator* packed_rows;  ///< of a step that cannot be used as they lie
   Accumulator* scores;
   Index* non_finite_values;
@@ -82,7 +82,7 @@ struct StreamBuffers {
         score_stride(detail::score_stride<Accumulator>(run)) {
     const Index rows = shape.query_heads * shape.queries;
     queries = arena.take<Accumulator>(rows * query_stride);
-    key_bias = arena.take<Accumulator>(simd::padded<Accumulator>(run));
+    key_bias = arena.take<Accumulator>(shape.key_value_heads * score_stride);
     packed_rows = arena.take<Accumulator>(
         run * simd::padded<Accumulator>(std::max(shape.head_dim, shape.value_dim)));
     scores = arena.take<Accumulator>(rows * score_stride);
@@ -288,7 +288,9 @@ class StreamTask {
          shape_.head_dim,
          queries_from(head),
          {{keys, stride}, shape_.head_dim},
-         {{scores(head, 0, first).data, buffers_.score_stride}, rows_ * buffers_.score_stride}},
+         {{scores(head, 0, first).data, buffers_.score_stride}, rows_ * buffers_.score_stride},
+         {{norms_come_with_products() ? key_bias(head) + first : nullptr, 0},
+          buffers_.score_stride}},
         keys_ahead_);
   }
 
@@ -303,13 +305,32 @@ class StreamTask {
 
   Index head_of(Index head, Index row) const { return head * group_ + row / shape_.queries; }
 
-  /// Products → scores. The norms of keys are formed while these are in a cache, and not beside the
-  /// products, which wait for memory.
+  Accumulator* key_bias(Index head) const {
+    return buffers_.key_bias + head * buffers_.score_stride;
+  }
+
+  bool norms_come_with_products() const {
+    return simd::forms_norms_beside_products && !takes_blocks() &&
+           operands_.key_norm_weight != Accumulator(0);
+  }
+
+  /// The bias of a run of keys, whose norms are in its place already or formed while the keys are in a
+  /// cache.
+  void fill_key_bias_of(Index head, Index first_key, Index keys) {
+    Accumulator* const bias = key_bias(head);
+    if (norms_come_with_products()) {
+      std::fill(bias + keys, bias + simd::padded<Accumulator>(keys), Accumulator(0));
+      finish_key_bias(operands_, head, first_key, keys, bias);
+    } else {
+      fill_key_bias(operands_, head, first_key, operands_.keys_of(head, first_key, keys), bias);
+    }
+  }
+
+  /// Products → scores.
   void finish_products(Index head, Index first_key, Index keys, Coverage coverage) {
-    fill_key_bias(operands_, head, first_key, operands_.keys_of(head, first_key, keys),
-                  buffers_.key_bias);
+    fill_key_bias_of(head, first_key, keys);
     for (Index row = 0; row < rows_; ++row) {
-      simd::scale_and_add_row(buffers_.key_bias, log2_scale(operands_), scores(head).from(row).data,
+      simd::scale_and_add_row(key_bias(head), log2_scale(operands_), scores(head).from(row).data,
                               keys);
     }
     for (Index member = 0; member < group_; ++member) {

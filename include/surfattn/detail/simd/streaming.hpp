@@ -144,6 +144,13 @@ struct DotSums {
     }
   }
 
+  /// Adds the square of a packet of key j to the sums of the first row, and returns the packet.
+  SURFATTN_ALWAYS_INLINE Packet<Scalar> add_square(Index j, const Packet<Scalar>& loaded) {
+    const auto key = in_register(loaded);
+    sums[0][0][j] = multiply_add(key, key, sums[0][0][j]);
+    return key;
+  }
+
   SURFATTN_ALWAYS_INLINE void store(ContiguousRows<Scalar> to) {
     SURFATTN_UNROLL
     for (int i = 0; i < Rows; ++i) {
@@ -161,10 +168,18 @@ struct DotSums {
   }
 };
 
-/// Whether a single query of a single head asks for what it reads soon. It gains where a packet is a line
-/// of memory. Where there are several to a line, and with several heads, the processor works ahead far
-/// enough, and asking holds it up: up to a third of the time.
-inline constexpr bool asks_in_single_head = lanes<float> * sizeof(float) >= 64;
+/// Whether a line of memory is a single packet. How far a processor works ahead is counted in
+/// instructions, and so in lines twice as far as where a line is two packets.
+inline constexpr bool packets_are_lines = lanes<float> * sizeof(float) >= 64;
+
+/// Whether a single query of a single head asks for what it reads soon. Where a line is several packets
+/// that costs up to a third of the time, and with several heads the processor works ahead far enough.
+inline constexpr bool asks_in_single_head = packets_are_lines;
+
+/// Whether norms of keys are formed beside their products with a single query, while they are on their
+/// way from memory: to read them once more takes longer. Where a line is a packet it holds up less than
+/// the instructions do, of which there are then three to a line in the place of one.
+inline constexpr bool forms_norms_beside_products = !packets_are_lines;
 
 template <bool asks, class Source>
 SURFATTN_ALWAYS_INLINE void ask_ahead(const Source* from) {
@@ -173,17 +188,23 @@ SURFATTN_ALWAYS_INLINE void ask_ahead(const Source* from) {
 }
 
 /// C = Q·Kᵀ for each of `heads` heads: `rows` queries, `keys` keys, of `width` numbers. The rows of Q
-/// end with whole packets (packed ones are padded with zeros), those of K are as they lie.
+/// end with whole packets (packed ones are padded with zeros), those of K are as they lie. Where the
+/// queries are taken one by one and norms are formed beside products, the squared norms of the keys too,
+/// one row for each head, unless there is no place for them.
 template <class Scalar, class Source>
 struct DotProducts {
   Index heads, rows, keys, width;
   HeadRows<const Scalar> queries_of;
   HeadRows<const Source> keys_of;
   HeadRows<Scalar> products_of;
+  HeadRows<Scalar> norms_of;
+
+  bool wants_norms() const { return forms_norms_beside_products && norms_of.first.data; }
 };
 
-/// One query of each head against `Keys` keys from `key` on, over whole packets.
-template <int Keys, bool asks, class Scalar, class Source>
+/// One query of each head against `Keys` keys from `key` on, over whole packets, and the norms of these
+/// keys.
+template <int Keys, bool asks, bool norms, class Scalar, class Source>
 SURFATTN_NEVER_INLINE void set_products_of_query(Index row, Index key,
                                                  const DotProducts<Scalar, Source>& all) {
   constexpr Index both = 2 * lanes<Scalar>;
@@ -191,12 +212,16 @@ SURFATTN_NEVER_INLINE void set_products_of_query(Index row, Index key,
   auto query = all.queries_of.first.from(row);
   auto keys = all.keys_of.first.from(key);
   auto products = all.products_of.first.from(row, key);
+  auto norms_to = all.norms_of.first;
+  if constexpr (norms) norms_to = norms_to.from(0, key);
   for (Index head = all.heads; head > 0; --head) {
     const auto key_rows = pointers_to<Keys>(keys);
-    DotSums<1, Keys, 2, Scalar> sums;
+    DotSums<1, Keys, norms ? 1 : 2, Scalar> sums;
+    DotSums<1, Keys, 1, Scalar> squares;
     const auto add = [&]<int chain>(std::integral_constant<int, chain>, Index c) {
-      sums.template add<chain>({query.data + c, 0}, [&](Index j) {
+      sums.template add<norms ? 0 : chain>({query.data + c, 0}, [&](Index j) {
         ask_ahead<asks>(key_rows.at[j] + c);
+        if constexpr (norms) return squares.add_square(j, load_as<Scalar>(key_rows.at[j] + c));
         return load_as<Scalar>(key_rows.at[j] + c);
       });
     };
@@ -207,6 +232,10 @@ SURFATTN_NEVER_INLINE void set_products_of_query(Index row, Index key,
     }
     if (c < whole) add(std::integral_constant<int, 0>(), c);
     sums.store(products);
+    if constexpr (norms) {
+      squares.store(norms_to);
+      norms_to.data += all.norms_of.head_stride;
+    }
     query.data += all.queries_of.head_stride;
     keys.data += all.keys_of.head_stride;
     products.data += all.products_of.head_stride;
@@ -218,7 +247,12 @@ SURFATTN_NEVER_INLINE void set_products_of_query(Index row, Index key,
 template <int Keys, bool asks, class Scalar, class Source>
 void set_products_one_by_one(Index first, Index key, const DotProducts<Scalar, Source>& all) {
   for (; key + Keys <= all.keys; key += Keys) {
-    for (Index row = first; row < all.rows; ++row) set_products_of_query<Keys, asks>(row, key, all);
+    for (Index row = first; row < all.rows; ++row) {
+      if (row == first && all.wants_norms())
+        set_products_of_query<Keys, asks, forms_norms_beside_products>(row, key, all);
+      else
+        set_products_of_query<Keys, asks, false>(row, key, all);
+    }
   }
   if constexpr (Keys > 1) set_products_one_by_one<1, false>(first, key, all);
 }
@@ -232,6 +266,7 @@ void set_products_of_single_head(Index first, const DotProducts<Scalar, Source>&
   as_heads.queries_of.head_stride = 0;
   as_heads.keys_of.head_stride = Keys * all.keys_of.first.stride;
   as_heads.products_of.head_stride = Keys;
+  as_heads.norms_of.head_stride = Keys;
   set_products_one_by_one<Keys, asks_in_single_head>(first, 0, as_heads);
   set_products_one_by_one<1, false>(first, groups * Keys, all);
 }
@@ -298,6 +333,7 @@ SURFATTN_NEVER_INLINE void add_products_of_rest(const DotProducts<Scalar, Source
       const auto key = gather<Scalar>(all.keys_of.of(head).row(j) + first, 1, all.width - first);
       for (Index i = 0; i < all.rows; ++i)
         products.row(i)[j] += sum(multiply(load_unaligned(queries.row(i) + first), key));
+      if (all.wants_norms()) all.norms_of.of(head).data[j] += sum(multiply(key, key));
     }
   }
 }
