@@ -71,47 +71,64 @@ struct HeadRows {
   }
 };
 
+/// Whether a line of memory is a single packet. How far a processor works ahead is counted in
+/// instructions, and so in lines twice as far as where a line is two packets.
+inline constexpr bool packets_are_lines = lanes<float> * sizeof(float) >= 64;
+
 /// Asks for rows that are needed after a product while it is computed, those of two matrices by turns
-/// and as many of them as the product has advanced. Whole rows, which begin far from each other, line
-/// after line.
+/// and as much of them as the product has advanced. Line after line, since rows begin far from each
+/// other: whole rows where packets are lines, and else pieces of a few lines, as many as a processor
+/// waits for without being held up.
 template <class Source>
 class ProductAhead {
  public:
   ProductAhead() = default;
   /// `work`: that of the product, in any unit.
   ProductAhead(const MatrixView<const Source>& a, const MatrixView<const Source>& b, Index work)
-      : a_(a), b_(b), rows_(std::max(a.rows, b.rows)), work_(work) {}
+      : a_(a), b_(b), width_(std::max(a.cols, b.cols)), work_(work) {
+    const Index pieces_of_row = packets_are_lines ? 1 : (width_ + few_lines - 1) / few_lines;
+    piece_ = packets_are_lines ? width_ : few_lines;
+    pieces_ = std::max(a.rows, b.rows) * pieces_of_row;
+  }
 
   /// Before so much of the work is done.
   SURFATTN_ALWAYS_INLINE void begin(Index part) {
     begun_ += part;
-    if (asked_ * work_ < begun_ * rows_) ask();
+    if (asked_ * work_ < begun_ * pieces_) ask();
   }
 
  private:
+  static constexpr Index line = std::max<Index>(1, 64 / static_cast<Index>(sizeof(Source)));
+  static constexpr Index few_lines = 8 * line;
+
   /// Apart from the loops of the product, which need the registers.
   SURFATTN_NEVER_INLINE void ask() {
-    for (; asked_ * work_ < begun_ * rows_; ++asked_) {
-      ask_row(a_, asked_);
-      ask_row(b_, asked_);
+    for (; asked_ * work_ < begun_ * pieces_; ++asked_) {
+      ask_piece(a_);
+      ask_piece(b_);
+      col_ += piece_;
+      if (col_ >= width_) col_ = 0, ++row_;
     }
   }
 
   /// Inlined: compilers take a function that only prefetches for one without effect, and drop the call.
-  SURFATTN_ALWAYS_INLINE static void ask_row(const MatrixView<const Source>& rows, Index row) {
-    if (row >= rows.rows || rows.col_stride != 1) return;
-    constexpr Index line = std::max<Index>(1, 64 / static_cast<Index>(sizeof(Source))), some = 4;
-    const Source* const first = rows.row(row);
-    Index c = 0;
-    for (; c + some * line <= rows.cols; c += some * line) {
+  SURFATTN_ALWAYS_INLINE void ask_piece(const MatrixView<const Source>& rows) const {
+    if (row_ >= rows.rows || rows.col_stride != 1) return;
+    constexpr Index some = 4;
+    const Source* const row = rows.row(row_);
+    const Index end = std::min(col_ + piece_, rows.cols);
+    Index c = col_;
+    for (; c + some * line <= end; c += some * line) {
       SURFATTN_UNROLL
-      for (Index i = 0; i < some; ++i) __builtin_prefetch(first + c + i * line);
+      for (Index i = 0; i < some; ++i) __builtin_prefetch(row + c + i * line);
     }
-    for (; c < rows.cols; c += line) __builtin_prefetch(first + c);
+    for (; c < end; c += line) __builtin_prefetch(row + c);
   }
 
   MatrixView<const Source> a_{}, b_{};
-  Index rows_ = 0, work_ = 0, asked_ = 0, begun_ = 0;
+  Index width_ = 0, piece_ = 0, pieces_ = 0;
+  Index work_ = 0, begun_ = 0;
+  Index asked_ = 0, row_ = 0, col_ = 0;
 };
 
 /// Products of `Rows` queries with `Keys` keys on their way, each as `Chains` sums that do not wait for
@@ -167,10 +184,6 @@ struct DotSums {
     }
   }
 };
-
-/// Whether a line of memory is a single packet. How far a processor works ahead is counted in
-/// instructions, and so in lines twice as far as where a line is two packets.
-inline constexpr bool packets_are_lines = lanes<float> * sizeof(float) >= 64;
 
 /// Whether a single query of a single head asks for what it reads soon. Where a line is several packets
 /// that costs up to a third of the time, and with several heads the processor works ahead far enough.
