@@ -174,22 +174,35 @@ struct Accumulators {
     }
   }
 
-  /// at += a·b over the whole depth, for the rows of A from `a` on.
+  /// at += a·b over the whole depth, for the rows of A from `a` on. Two steps to a turn of the loop in
+  /// full kernels: a core that another thread shares fetches instructions every other cycle, and turns
+  /// of one step are then short of them, by a tenth.
   template <class Left>
   SURFATTN_ALWAYS_INLINE void add_product(Index depth, Left left, const Element* a,
                                           const Element* b, Index b_stride) {
+    const auto step = [&] {
+      add_step(left, a, b);
+      a += left.depth_stride(), b += b_stride;
+    };
+    if constexpr (Rows == kernel_rows) {
+      SURFATTN_UNROLL_TWICE
+      for (Index k = 0; k < depth; ++k) step();
+    } else {
+      for (Index k = 0; k < depth; ++k) step();
+    }
+  }
+
+  template <class Left>
+  SURFATTN_ALWAYS_INLINE void add_step(Left& left, const Element* a, const Element* b) {
     using Operand = decltype(load_unaligned(b));
-    for (const Element* const end = a + depth * left.depth_stride(); a != end;
-         a += left.depth_stride(), b += b_stride) {
-      Operand row[panel_packets];
+    Operand row[panel_packets];
+    SURFATTN_UNROLL
+    for (int p = 0; p < panel_packets; ++p) row[p] = load_unaligned(b + p * lanes<Element>);
+    SURFATTN_UNROLL
+    for (int i = 0; i < Rows; ++i) {
+      const auto factor = left.factor(a, i);
       SURFATTN_UNROLL
-      for (int p = 0; p < panel_packets; ++p) row[p] = load_unaligned(b + p * lanes<Element>);
-      SURFATTN_UNROLL
-      for (int i = 0; i < Rows; ++i) {
-        const auto factor = left.factor(a, i);
-        SURFATTN_UNROLL
-        for (int p = 0; p < panel_packets; ++p) at[i][p] = multiply_add(factor, row[p], at[i][p]);
-      }
+      for (int p = 0; p < panel_packets; ++p) at[i][p] = multiply_add(factor, row[p], at[i][p]);
     }
   }
 };
