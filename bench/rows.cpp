@@ -190,7 +190,7 @@ std::vector<Row> all_rows() {
     }
   }
   add_form_rows(rows);
-  add_narrow_rows<Eigen::bfloat16>(rows, "bfloat16", 1.7);
+  add_narrow_rows<Eigen::bfloat16>(rows, "bfloat16", detail::simd::multiplies_pairs ? 1.7 : 0);
   add_narrow_rows<Eigen::half>(rows, "half", 0);
   rows.insert(
       rows.end(),
