@@ -36,12 +36,12 @@ void require_like_parts(const Require& require, const Name& name, const Parts& p
                         const Out& out, const LogSumExp& log_sum_exp) {
   const auto& first = *std::ranges::begin(parts);
   if (extent(out) != extent(first.out)) {
-    require.shape((name() + "out").c_str(), extent(out), extent(first.out),
+    require.shape(name().append("out").c_str(), extent(out), extent(first.out),
                   "the shape of parts[0].out");
   }
   if (extent(log_sum_exp) != extent(first.log_sum_exp)) {
-    require.shape((name() + "log_sum_exp").c_str(), extent(log_sum_exp), extent(first.log_sum_exp),
-                  "the shape of parts[0].log_sum_exp");
+    require.shape(name().append("log_sum_exp").c_str(), extent(log_sum_exp),
+                  extent(first.log_sum_exp), "the shape of parts[0].log_sum_exp");
   }
 }
 
