@@ -32,7 +32,9 @@ void check_dot_products(const Sizes& size, std::mt19937_64& random) {
     q.middleCols(head * padded, width) = whole_numbers<Scalar>(rows, width, random);
   const Matrix<Source> k = whole_numbers<Source>(keys, heads * width + 3, random);
   Matrix<Scalar> products = Matrix<Scalar>::Constant(heads * rows, keys + 1, Scalar(77));
-  Matrix<Scalar> norms = Matrix<Scalar>::Constant(heads, keys + 1, Scalar(77));
+  Matrix<Scalar> norms = Matrix<Scalar>::Constant(heads, keys + 1, Scalar(77)), beside = norms;
+  const bool has_norms =
+      simd::forms_norms_beside_products && simd::rows_in_blocks(rows) == 0 && rows > 0;
   simd::ProductAhead<Source> ahead(view(k), {}, rows * keys);
   simd::set_dot_products<Scalar, Source>(
       {heads,
@@ -42,20 +44,20 @@ void check_dot_products(const Sizes& size, std::mt19937_64& random) {
        heads_of<const Scalar>(q, padded),
        heads_of<const Source>(k, width),
        {{products.data(), products.cols()}, rows * products.cols()},
-       {{simd::rows_in_blocks(rows) == 0 ? norms.data() : nullptr, 0}, norms.cols()}},
+       {{has_norms ? beside.data() : nullptr, 0}, beside.cols()}},
       ahead);
-  const bool has_norms =
-      simd::forms_norms_beside_products && simd::rows_in_blocks(rows) == 0 && rows > 0;
   for (Index head = 0; head < heads; ++head) {
     const Matrix<Scalar> of_head = k.middleCols(head * width, width).template cast<Scalar>();
     const Matrix<Scalar> expected =
         q.middleCols(head * padded, width).lazyProduct(of_head.transpose());
     CHECK(products.block(head * rows, 0, rows, keys) == expected);
-    if (!has_norms) simd::squared_norms(view(k).block_cols(head * width, width), &norms(head, 0));
+    simd::squared_norms(view(k).block_cols(head * width, width), &norms(head, 0));
     CHECK(norms.row(head).head(keys).transpose() == of_head.rowwise().squaredNorm());
+    if (has_norms) CHECK(beside.row(head) == norms.row(head));
   }
   CHECK((products.col(keys).array() == Scalar(77)).all());
   CHECK((norms.col(keys).array() == Scalar(77)).all());
+  CHECK((beside.col(keys).array() == Scalar(77)).all());
 }
 
 template <class Scalar, class Source>

@@ -86,7 +86,7 @@ class ProductAhead {
   /// `work`: that of the product, in any unit.
   ProductAhead(const MatrixView<const Source>& a, const MatrixView<const Source>& b, Index work)
       : a_(a), b_(b), width_(std::max(a.cols, b.cols)), work_(work) {
-    const Index pieces_of_row = packets_are_lines ? 1 : (width_ + few_lines - 1) / few_lines;
+    const Index pieces_of_row = packets_are_lines ? 1 : rounded_up(width_, few_lines) / few_lines;
     piece_ = packets_are_lines ? width_ : few_lines;
     pieces_ = std::max(a.rows, b.rows) * pieces_of_row;
   }
@@ -194,6 +194,7 @@ inline constexpr bool asks_in_single_head = packets_are_lines;
 /// the instructions do, of which there are then three to a line in the place of one.
 inline constexpr bool forms_norms_beside_products = !packets_are_lines;
 
+/// Asks for what such a query reads soon: rows that follow each other in memory.
 template <bool asks, class Source>
 SURFATTN_ALWAYS_INLINE void ask_ahead(const Source* from) {
   constexpr Index distance = 8192 / static_cast<Index>(sizeof(Source));
@@ -215,8 +216,8 @@ struct DotProducts {
   bool wants_norms() const { return forms_norms_beside_products && norms_of.first.data; }
 };
 
-/// One query of each head against `Keys` keys from `key` on, over whole packets, and the norms of these
-/// keys.
+/// One query of each head against `Keys` keys from `key` on, over whole packets, and `norms` of these
+/// keys if they are wanted.
 template <int Keys, bool asks, bool norms, class Scalar, class Source>
 SURFATTN_NEVER_INLINE void set_products_of_query(Index row, Index key,
                                                  const DotProducts<Scalar, Source>& all) {
