@@ -134,15 +134,24 @@ TEST_CASE("what a pattern leaves empty is not computed", "[patterns]") {
       return pairs_of_tiles(tokens, query_tile, sees);
     };
     CHECK(pairs_computed(p, backward) == tokens * tokens);
-    std::vector<int> ids;
-    for (Index i = 0; i < tokens; ++i) ids.push_back(int(i / 256));
-    CHECK(pairs_computed(p, backward, Documents(ids)) ==
-          expected([](Index i, Index j) { return i / 256 == j / 256; }));
+    // documents: each for itself, to whole groups of keys at its left
+    std::vector<int> long_ones, short_ones;
+    for (Index i = 0; i < tokens; ++i) {
+      long_ones.push_back(int(i / 256));
+      short_ones.push_back(int(i / 77));
+    }
+    CHECK(pairs_computed(p, backward, Documents(long_ones)) == tokens * 256);
+    CHECK(pairs_computed(p, backward, Documents(short_ones)) <= tokens * (77 + step));
+    CHECK(pairs_computed(p, backward, all_of(Documents(short_ones), KeyLengths(2000))) <=
+          tokens * (77 + step));
     // blocks of a checkerboard
-    Bools board(tokens / 128, tokens / 128);
-    for (Index i = 0; i < board.size(); ++i) board.data()[i] = (i / 16 + i) % 2 == 0;
-    CHECK(pairs_computed(p, backward, BlockSparse(board, 128, 128)) ==
-          expected([](Index i, Index j) { return (i / 128 + j / 128) % 2 == 0; }));
+    for (const Index side : {128, 32}) {
+      Bools board(tokens / side, tokens / side);
+      for (Index i = 0; i < board.rows(); ++i) {
+        for (Index j = 0; j < board.cols(); ++j) board(i, j) = (i + j) % 2 == 0;
+      }
+      CHECK(pairs_computed(p, backward, BlockSparse(board, side, side)) == tokens * tokens / 2);
+    }
     // a window: the union over a tile of queries, to whole groups of keys at its left
     const SlidingWindow window{.left = 100, .right = 50};
     CHECK(pairs_computed(p, backward, window) <= tokens * (151 + query_tile + step));

@@ -90,7 +90,7 @@ class ScoreReader {
       };
       const Tile whole{head, first_query, queries, key, keys};
       if (stage >= Stage::masked) {
-        terms_.each_part(whole, simd::panel_width<Accumulator>, form);
+        terms_.each_run(whole, simd::panel_width<Accumulator>, form);
       } else {
         form(whole, Coverage::full);
       }

@@ -66,6 +66,15 @@ class AnyBound {
     });
   }
 
+  /// Masks have edges here and there: these say how tiles are cut and nothing more.
+  Index next_edge(Index query) const {
+    constexpr Index distance = 13;
+    return visit([&]<class T>(const T&) {
+      return detail::Mask<T> ? (query / distance + 1) * distance
+                             : std::numeric_limits<Index>::max();
+    });
+  }
+
   template <class A>
   void modify(const Tile& tile, detail::simd::Tile<A> scores, detail::simd::Tile<A> record) const {
     visit([&]<class T>(const T& term) {

@@ -210,11 +210,11 @@ class BackwardTask {
     bool packed = false;
     for (Index n = 0; n < key_tiles(); ++n) {
       const Tile whole{head, first_query, queries, first_key_of(n), keys_of(n)};
-      terms_.each_part(whole, simd::panel_width<Accumulator>,
+      terms_.each_part(whole, simd::left_width<Accumulator>, simd::panel_width<Accumulator>,
                        [&](const Tile& tile, Coverage coverage) {
-                         if (!packed) load_queries(tile);
+                         if (!packed) load_queries(whole);
                          packed = true;
-                         visit_tile(tile, coverage, n);
+                         visit_tile(tile, coverage, tile.first_query - first_query, n);
                        });
     }
     turns_.wait_for(turn);
@@ -234,22 +234,22 @@ class BackwardTask {
         .block_rows(tile.first_query, tile.queries);
   }
 
-  void load_queries(const Tile& tile) {
-    const auto queries = query_rows(tile);
-    const auto grad_out = out_rows(upstream_.grad_out, tile);
+  void load_queries(const Tile& run) {
+    const auto queries = query_rows(run);
+    const auto grad_out = out_rows(upstream_.grad_out, run);
     simd::pack_left(queries, log2_scale(operands_), buffers_.queries.columns);
-    Accumulator* const norms = start_offsets<Terms>(operands_, tile.queries, buffers_.log_sum_exp);
-    queries_of_tile_ = pack_row_operand(queries, operands_.scale, buffers_.queries.panels,
-                                        buffers_.queries.non_finite, norms);
-    if (norms) weigh_query_norms(operands_, tile.queries, norms);
-    finish_log_sum_exp(upstream_.log_sum_exp, tile.head, tile.first_query, tile.queries,
+    Accumulator* const norms = start_offsets<Terms>(operands_, run.queries, buffers_.log_sum_exp);
+    queries_of_run_ = pack_row_operand(queries, operands_.scale, buffers_.queries.panels,
+                                       buffers_.queries.non_finite, norms);
+    if (norms) weigh_query_norms(operands_, run.queries, norms);
+    finish_log_sum_exp(upstream_.log_sum_exp, run.head, run.first_query, run.queries,
                        buffers_.log_sum_exp);
     simd::pack_left(grad_out, Accumulator(1), buffers_.grad_out.columns);
-    grad_out_of_tile_ = pack_row_operand(grad_out, Accumulator(1), buffers_.grad_out.panels,
-                                         buffers_.grad_out.non_finite);
-    load_deltas(tile, grad_out, out_rows(upstream_.out, tile));
-    term_task_.begin_run(tile.queries);
-    std::fill(buffers_.grad_queries, buffers_.grad_queries + tile.queries * buffers_.key_stride,
+    grad_out_of_run_ = pack_row_operand(grad_out, Accumulator(1), buffers_.grad_out.panels,
+                                        buffers_.grad_out.non_finite);
+    load_deltas(run, grad_out, out_rows(upstream_.out, run));
+    term_task_.begin_run(run.queries);
+    std::fill(buffers_.grad_queries, buffers_.grad_queries + run.queries * buffers_.key_stride,
               Accumulator(0));
   }
 
@@ -261,36 +261,37 @@ class BackwardTask {
       buffers_.delta[i] -= upstream_.grad_log_sum_exp_of(tile.first_query + i, tile.head);
   }
 
-  void visit_tile(const Tile& tile, Coverage coverage, Index key_tile) {
+  /// `row` is the tile's first row within the run of queries.
+  void visit_tile(const Tile& tile, Coverage coverage, Index row, Index key_tile) {
     const KeyTileBuffers<Accumulator>& keys = buffers_.key_tiles[key_tile];
     const Index offset = tile.first_key - first_key_of(key_tile);  // a whole number of panels
     const simd::Tile<Accumulator> weights{buffers_.weights, buffers_.score_stride};
     const simd::Tile<Accumulator> grad_scores{buffers_.grad_scores, buffers_.score_stride};
     score_tile(tile, shape_.head_dim,
-               simd::packed_left(buffers_.queries.columns, shape_.head_dim, 0, tile.queries),
+               simd::packed_left(buffers_.queries.columns, shape_.head_dim, row, tile.queries),
                keys.transposed_keys + offset * shape_.head_dim, keys.key_bias + offset, weights);
     finish_scores(operands_, terms_, tile, weights, term_task_.records());
     const Index value_depth = operands_.values_are_keys ? shape_.head_dim : shape_.value_dim;
     simd::set_product<Accumulator>(
         tile.queries, tile.keys, shape_.value_dim,
-        simd::packed_left(buffers_.grad_out.columns, shape_.value_dim, 0, tile.queries),
+        simd::packed_left(buffers_.grad_out.columns, shape_.value_dim, row, tile.queries),
         {keys.transposed_values + offset * value_depth,
          value_depth * simd::panel_width<Accumulator>},
         grad_scores);
     term_task_.drop_gradients(tile, grad_scores);
     Accumulator* const bias_gradient = wants_key_bias() ? keys.grad_key_bias + offset : nullptr;
     const bool is_final = is_left_by_softmax(tile, coverage, key_tile, offset);
-    differentiate_softmax(tile, weights, grad_scores, is_final ? bias_gradient : nullptr);
+    differentiate_softmax(tile, row, weights, grad_scores, is_final ? bias_gradient : nullptr);
     if (coverage == Coverage::partial) {
       // By selection, and last: a row whose score is NaN in sight of one key has NaN for every weight.
       terms_.hide(tile, weights.data, weights.row_stride, Accumulator(0));
       terms_.hide(tile, grad_scores.data, grad_scores.row_stride, Accumulator(0));
     }
     term_task_.drop_weights(tile, weights);
-    term_task_.differentiate(tile, grad_scores, [&] { wait_for_same_keys(tile.first_query); });
+    term_task_.differentiate(tile, row, grad_scores, [&] { wait_for_same_keys(tile.first_query); });
     for (Index i = 0; bias_gradient && !is_final && i < tile.queries; ++i)
       simd::add_row(grad_scores.from(i).data, bias_gradient, tile.keys);
-    add_to_gradients(tile, weights, grad_scores, key_tile, offset);
+    add_to_gradients(tile, row, weights, grad_scores, key_tile, offset);
   }
 
   /// Whether dS stays as the softmax leaves it, and the columns that pad it stand for no other keys.
@@ -313,29 +314,30 @@ class BackwardTask {
 
   /// S → W = 2^(S − L) and dP → dS = W∘(dP − D), in place, and c_j += Σ_i dS_ij where there is a place
   /// for it.
-  void differentiate_softmax(const Tile& tile, simd::Tile<Accumulator> weights,
+  void differentiate_softmax(const Tile& tile, Index row, simd::Tile<Accumulator> weights,
                              simd::Tile<Accumulator> grad_scores, Accumulator* bias_gradient) {
     const Index padded_keys = simd::padded<Accumulator>(tile.keys);
     for (Index i = 0; i < tile.queries; ++i) {
-      simd::softmax_gradient_row(weights.data + i * weights.row_stride,
-                                 grad_scores.data + i * grad_scores.row_stride, padded_keys,
-                                 buffers_.log_sum_exp[i], buffers_.delta[i], bias_gradient);
+      simd::softmax_gradient_row(
+          weights.data + i * weights.row_stride, grad_scores.data + i * grad_scores.row_stride,
+          padded_keys, buffers_.log_sum_exp[row + i], buffers_.delta[row + i], bias_gradient);
     }
   }
 
-  void add_to_gradients(const Tile& tile, simd::Tile<Accumulator> weights,
+  void add_to_gradients(const Tile& tile, Index row, simd::Tile<Accumulator> weights,
                         simd::Tile<Accumulator> grad_scores, Index key_tile, Index offset) {
     const KeyTileBuffers<Accumulator>& keys = buffers_.key_tiles[key_tile];
     const Index value_stride =
         operands_.values_are_keys ? buffers_.key_stride : buffers_.value_stride;
     // dQ += dS·K, still without the scale
-    add_weighted_rows<false>(terms_, tile, grad_scores, keys_of_tile_[key_tile], offset,
-                             {buffers_.grad_queries, buffers_.key_stride});
+    add_weighted_rows<false>(
+        terms_, tile, grad_scores, keys_of_tile_[key_tile], offset,
+        {buffers_.grad_queries + row * buffers_.key_stride, buffers_.key_stride});
     // dV += Wᵀ·dO
-    add_weighted_rows<true>(terms_, tile, weights, grad_out_of_tile_, 0,
+    add_weighted_rows<true>(terms_, tile, weights, grad_out_of_run_, row,
                             {keys.grad_values + offset * value_stride, value_stride});
     // dK += dSᵀ·(scale·Q)
-    add_weighted_rows<true>(terms_, tile, grad_scores, queries_of_tile_, 0,
+    add_weighted_rows<true>(terms_, tile, grad_scores, queries_of_run_, row,
                             {keys.grad_keys + offset * buffers_.key_stride, buffers_.key_stride});
   }
 
@@ -403,7 +405,7 @@ class BackwardTask {
   Turns turns_;
   Index keys_;
   RowOperand<Scalar> keys_of_tile_[BackwardBuffers<Accumulator>::max_key_tiles]{};
-  RowOperand<Scalar> queries_of_tile_{}, grad_out_of_tile_{};
+  RowOperand<Scalar> queries_of_run_{}, grad_out_of_run_{};
 };
 
 template <class Scalar>

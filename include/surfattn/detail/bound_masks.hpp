@@ -5,11 +5,12 @@
 #include <algorithm>
 #include <concepts>
 #include <cstdint>
+#include <limits>
 #include <surfattn/terms/term.hpp>
 
 /// A mask answers pair by pair (`range` or `allows`), and for whole tiles (`coverage`). It may
-/// answer two more questions, for which there are answers that always serve: `first_run` and
-/// `see_row`.
+/// answer three more questions, for which there are answers that always serve: `first_run`, `see_row`
+/// and `next_edge`.
 namespace surfattn::detail {
 
 /// Bytes, 1 where a key is seen.
@@ -120,6 +121,19 @@ KeyRange common_run(Tile tile, Index from, const Each& each) {
     if (run.first < run.last) return run;
   }
   return {end, end};
+}
+
+/// The first query after `query` that sees keys of its own, such as those of the next document: tiles
+/// that end before it compute fewer pairs in vain. Behind all queries where there is none.
+template <class Mask>
+Index next_edge(const Mask& mask, Index query) {
+  if constexpr (requires {
+                  { mask.next_edge(query) } -> std::same_as<Index>;
+                }) {
+    return mask.next_edge(query);
+  } else {
+    return std::numeric_limits<Index>::max();
+  }
 }
 
 /// The first row of a tile, byte by byte.

@@ -98,12 +98,14 @@ class ForwardTask {
       for (Index query = 0; query < queries_; query += tiling_.query_tile) {
         const Tile whole{first_head() + member, first_query_ + query,
                          std::min(tiling_.query_tile, queries_ - query), first_key, keys};
-        terms_.each_part(whole, simd::panel_width<Accumulator>,
+        terms_.each_part(whole, simd::left_width<packed_t<Scalar>>, simd::panel_width<Accumulator>,
                          [&](const Tile& tile, Coverage coverage) {
                            if (!packed) pack_keys(first_key, keys);
                            packed = true;
-                           visit_tile(tile, coverage, member * buffers_.member_rows + query,
-                                      tile.first_key - first_key);
+                           visit_tile(
+                               tile, coverage,
+                               member * buffers_.member_rows + tile.first_query - first_query_,
+                               tile.first_key - first_key);
                          });
       }
     }

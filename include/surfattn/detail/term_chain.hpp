@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <limits>
 #include <surfattn/detail/bound_masks.hpp>
 #include <surfattn/detail/simd/term_rows.hpp>
 #include <surfattn/terms/term.hpp>
@@ -54,11 +55,23 @@ class TermChain {
     return !possible ? Coverage::empty : full ? Coverage::full : Coverage::partial;
   }
 
-  /// Calls use(part, coverage) for each part of the tile that is not empty, from left to right: the
-  /// runs of keys that some query may see. Parts begin at whole groups of `step` keys of the tile;
-  /// of the gaps between runs, whole groups are left out.
+  /// Calls use(part, coverage) for each part of the tile that is not empty, from top to bottom, where
+  /// masks have edges, and from left to right: the runs of keys that some query may see. Parts begin at
+  /// whole groups of `key_step` keys of the tile; of the gaps between runs, whole groups are left out.
+  /// They begin at whole groups of `query_step` queries as well, or lie within one.
   template <class Use>
-  void each_part(const Tile& tile, Index step, const Use& use) const {
+  void each_part(const Tile& tile, Index query_step, Index key_step, const Use& use) const {
+    const Index end = tile.first_query + tile.queries;
+    for (Tile rows = tile; rows.first_query < end; rows.first_query += rows.queries) {
+      rows.queries =
+          std::min(end, end_of_rows(tile, rows.first_query, query_step)) - rows.first_query;
+      each_run(rows, key_step, use);
+    }
+  }
+
+  /// The same of all queries together.
+  template <class Use>
+  void each_run(const Tile& tile, Index step, const Use& use) const {
     const Index end = tile.first_key + tile.keys;
     const auto group_start = [&](Index key) { return key - (key - tile.first_key) % step; };
     const auto group_end = [&](Index key) { return std::min(end, group_start(key - 1) + step); };
@@ -171,6 +184,18 @@ class TermChain {
   }
 
  private:
+  /// Where the queries from `first` on end that are to be one part of a tile: at an edge, if they are
+  /// then not too few to be worth a part, and with their group, if they begin within one.
+  Index end_of_rows(const Tile& tile, Index first, Index step) const {
+    constexpr Index fewest = 8;
+    Index end = std::numeric_limits<Index>::max();
+    every_mask([&](const auto& term) {
+      return end = std::min(end, detail::next_edge(term, first + fewest - 1)), true;
+    });
+    const Index within_group = (first - tile.first_query) % step;
+    return within_group == 0 ? end : std::min(end, first - within_group + step);
+  }
+
   template <std::size_t index>
   using Term = std::tuple_element_t<index, std::tuple<Bound...>>;
 

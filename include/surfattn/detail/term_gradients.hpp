@@ -120,13 +120,13 @@ class TermTask {
     if constexpr (Terms::drops_weights) terms_.drop(tile, weights, records());
   }
 
-  /// `wait` returns when the key/value head before this one has added what it adds for these keys
-  /// and queries.
+  /// `row` is the tile's first row within the run of queries. `wait` returns when the key/value head
+  /// before this one has added what it adds for these keys and queries.
   template <class Wait>
-  void differentiate(const Tile& tile, simd::Tile<Accumulator> grad_scores,
+  void differentiate(const Tile& tile, Index row, simd::Tile<Accumulator> grad_scores,
                      const Wait& wait) const {
     if constexpr (Terms::is_trainable) {
-      sum_rows(totals_.sums_rows, tile, grad_scores, buffers_.row_sums);
+      sum_rows(totals_.sums_rows, tile, grad_scores, buffers_.row_sums + row);
       sum_columns(tile, grad_scores);
       add_gradients(tile, grad_scores, wait);
     }
@@ -135,7 +135,7 @@ class TermTask {
                            [&](std::size_t index) { return sums_of(index, tile.head); });
     }
     if constexpr (Terms::needs_whole_scores)
-      sum_rows(totals_.sums_raw_rows, tile, grad_scores, buffers_.raw_row_sums);
+      sum_rows(totals_.sums_raw_rows, tile, grad_scores, buffers_.raw_row_sums + row);
   }
 
   /// Adds the sums of a run of queries to those of the pass. Called in the order of the blocks.

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <limits>
 #include <surfattn/detail/bound_masks.hpp>
 #include <surfattn/terms/term.hpp>
 #include <tuple>
@@ -22,6 +23,11 @@ struct BoundMasks {
   template <class Use>
   void each(const Use& use) const {
     std::apply([&](const Bound&... bound) { (use(bound), ...); }, masks);
+  }
+  Index next_edge(Index query) const {
+    Index edge = std::numeric_limits<Index>::max();
+    each([&](const auto& mask) { edge = std::min(edge, detail::next_edge(mask, query)); });
+    return edge;
   }
 };
 

@@ -80,13 +80,7 @@ struct DocumentPairs {
   KeyRange first_run(const Tile& tile) const {
     const IdRange seen = ids_of(query_ids, tile.first_query, tile.queries);
     Index first = tile.first_key, last = first + tile.keys;
-    if (are_sorted) {
-      first = lower_bound(first, last, seen.smallest);
-      if (seen.largest < seen.smallest) return {last, last};
-      const Index end = last;
-      last = lower_bound(first, last, seen.largest + 1);
-      return first < last ? KeyRange{first, last} : KeyRange{end, end};
-    }
+    if (are_sorted) return keys_within(seen, tile);
     const auto is_seen = [&](Index key) {
       return seen.smallest <= key_ids[key] && key_ids[key] <= seen.largest;
     };
@@ -95,8 +89,22 @@ struct DocumentPairs {
     return {first, last};
   }
 
+  /// Where the next document begins; ids that are not sorted may change with every query.
+  Index next_edge(Index query) const {
+    const Index end = query_ids.size();
+    return are_sorted && query < end ? lower_bound(query_ids, query, end, query_ids[query] + 1)
+                                     : end;
+  }
+
   void see_row(const Tile& row, SeenByte* seen) const {
     const Index id = query_ids[row.first_query];
+    if (are_sorted) {
+      const KeyRange same = keys_within({id, id}, row);
+      std::fill(seen, seen + row.keys, SeenByte(0));
+      std::fill(seen + (same.first - row.first_key), seen + (same.last - row.first_key),
+                SeenByte(1));
+      return;
+    }
     key_ids.with_reader([&](const auto& read) {
       for (Index j = 0; j < row.keys; ++j) seen[j] = read(row.first_key + j) == id;
     });
@@ -115,11 +123,20 @@ struct DocumentPairs {
     return range;
   }
 
-  /// The first of the keys [first, last) whose id is not less than `id`.
-  Index lower_bound(Index first, Index last, Index id) const {
+  /// The keys of the tile with an id among these, where ids are sorted; at its end, where there are none.
+  KeyRange keys_within(IdRange ids, const Tile& tile) const {
+    const Index end = tile.first_key + tile.keys;
+    if (ids.largest < ids.smallest) return {end, end};
+    const Index first = lower_bound(key_ids, tile.first_key, end, ids.smallest);
+    const Index last = lower_bound(key_ids, first, end, ids.largest + 1);
+    return first < last ? KeyRange{first, last} : KeyRange{end, end};
+  }
+
+  /// The first place in [first, last) whose id is not less than `id`.
+  static Index lower_bound(const IntegerView& ids, Index first, Index last, Index id) {
     while (first < last) {
       const Index middle = first + (last - first) / 2;
-      if (key_ids[middle] < id) {
+      if (ids[middle] < id) {
         first = middle + 1;
       } else {
         last = middle;
@@ -226,7 +243,7 @@ class Documents {
 /// integer type with ⌈Tq/block_queries⌉ × ⌈Tk/block_keys⌉ blocks, for all heads, or that many
 /// columns for each query head, side by side. In a batch the same blocks serve every sequence,
 /// counted from its first query and key; they are as many as the longest one has. Empty blocks are
-/// skipped; to skip all of them, let block_queries be a multiple of 128 and block_keys of 32.
+/// skipped; to skip all of them, let block_queries be at least 8 and block_keys a multiple of 32.
 template <class Element>
 class BlockSparse {
  public:
@@ -278,6 +295,9 @@ class BlockSparse {
     while (column * block_keys_ < end && !is_empty()) ++column;
     return {first, std::min(end, column * block_keys_)};
   }
+
+  /// Where the next row of blocks begins.
+  Index next_edge(Index query) const { return (query / block_queries_ + 1) * block_queries_; }
 
   void see_row(const Tile& row, detail::SeenByte* seen) const {
     each_block_column(row, [&](Index column) {
