@@ -152,11 +152,14 @@ TEST_CASE("what a pattern leaves empty is not computed", "[patterns]") {
       }
       CHECK(pairs_computed(p, backward, BlockSparse(board, side, side)) == tokens * tokens / 2);
     }
-    // a window: the union over a tile of queries, to whole groups of keys at its left
+    // what slants: the union over a few queries, to whole groups of keys at its left
+    const Index few = 32;
     const SlidingWindow window{.left = 100, .right = 50};
-    CHECK(pairs_computed(p, backward, window) <= tokens * (151 + query_tile + step));
+    CHECK(pairs_computed(p, backward, window) <= tokens * (151 + few + step));
     CHECK(pairs_computed(p, backward, any_of(window, KeyLengths(16))) <=
-          tokens * (151 + query_tile + 2 * step + 16));
+          tokens * (151 + few + 2 * step + 16));
+    CHECK(pairs_computed(p, backward, Causal{Align::top_left}) <= tokens * (tokens / 2 + few));
+    CHECK(pairs_computed(p, backward, KeyLengths(1000)) == tokens * 1000);
     // a function without an answer for tiles
     const auto same_half = [](Index i, Index j) { return i / 1024 == j / 1024; };
     CHECK(pairs_computed(p, backward, MaskFunction(same_half)) == expected(same_half));

@@ -279,9 +279,19 @@ void for_each_problem(std::initializer_list<Sizes> all_sizes, std::vector<Kind> 
 
 // ---- Every list of terms is the dense mask of its pattern --------------------------------------
 
+/// The same bits, but for the gradient of keys that are values: it sums two products tile by tile, and
+/// terms that slant cut tiles where a dense mask does not. It agrees up to the rounding of these sums.
 template <class S>
 void equals_its_pattern(const Problem<S>& p, const Mask& mask, Random&) {
-  check_same_bits(with_mask(p, mask), with_dense(p, mask.pattern()));
+  auto actual = with_mask(p, mask), expected = with_dense(p, mask.pattern());
+  if (p.form == Form::surface) {
+    Matrix<S>& sums = actual.part[grad_keys_part];
+    const Matrix<S>& same_sums = expected.part[grad_keys_part];
+    const S rounding = S(2 * p.in[queries_in].size()) * std::numeric_limits<S>::epsilon();
+    CHECK((sums - same_sums).norm() <= rounding * same_sums.norm());
+    sums = same_sums;
+  }
+  check_same_bits(actual, expected);
 }
 
 TEST_CASE("Terms hide what the dense mask of their pattern hides", "[masks]") {

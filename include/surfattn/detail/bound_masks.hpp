@@ -9,8 +9,8 @@
 #include <surfattn/terms/term.hpp>
 
 /// A mask answers pair by pair (`range` or `allows`), and for whole tiles (`coverage`). It may
-/// answer three more questions, for which there are answers that always serve: `first_run`, `see_row`
-/// and `next_edge`.
+/// answer four more questions, for which there are answers that always serve: `first_run`, `see_row`,
+/// `next_edge` and `slants`.
 namespace surfattn::detail {
 
 /// Bytes, 1 where a key is seen.
@@ -66,6 +66,22 @@ SeenKeys seen_keys(const Mask& mask, const Tile& tile) {
       }
     }
     return seen;
+  }
+}
+
+/// Whether some query of the tile sees keys of it that another does not, as under a causal mask those on
+/// the diagonal do: parts of fewer queries then compute fewer pairs in vain.
+template <class Mask>
+bool slants(const Mask& mask, const Tile& tile) {
+  if constexpr (RangeMask<Mask>) {
+    const SeenKeys seen = seen_keys(mask, tile);
+    return seen.by_some.first < seen.by_all.first || seen.by_all.last < seen.by_some.last;
+  } else if constexpr (requires {
+                         { mask.slants(tile) } -> std::same_as<bool>;
+                       }) {
+    return mask.slants(tile);
+  } else {
+    return false;
   }
 }
 

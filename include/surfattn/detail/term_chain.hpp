@@ -55,17 +55,20 @@ class TermChain {
     return !possible ? Coverage::empty : full ? Coverage::full : Coverage::partial;
   }
 
-  /// Calls use(part, coverage) for each part of the tile that is not empty, from top to bottom, where
-  /// masks have edges, and from left to right: the runs of keys that some query may see. Parts begin at
-  /// whole groups of `key_step` keys of the tile; of the gaps between runs, whole groups are left out.
-  /// They begin at whole groups of `query_step` queries as well, or lie within one.
+  /// Calls use(part, coverage) for each part of the tile that is not empty: from top to bottom, in parts of
+  /// fewer queries where masks have edges or slant, and from left to right the runs of keys that some
+  /// of these queries may see. Parts begin at whole groups of `key_step` keys of the tile; of the gaps
+  /// between runs, whole groups are left out. They begin at whole groups of `query_step` queries as well,
+  /// or lie within one.
   template <class Use>
   void each_part(const Tile& tile, Index query_step, Index key_step, const Use& use) const {
-    const Index end = tile.first_query + tile.queries;
-    for (Tile rows = tile; rows.first_query < end; rows.first_query += rows.queries) {
-      rows.queries =
-          std::min(end, end_of_rows(tile, rows.first_query, query_step)) - rows.first_query;
-      each_run(rows, key_step, use);
+    Tile part = tile;
+    for (const Index end = tile.first_query + tile.queries; part.first_query < end;
+         part.first_query += part.queries) {
+      const Index first = part.first_query - tile.first_query;
+      part.queries = tile.queries - first;
+      part.queries = queries_of_part(part, first % query_step, query_step);
+      each_run(part, key_step, use);
     }
   }
 
@@ -184,16 +187,19 @@ class TermChain {
   }
 
  private:
-  /// Where the queries from `first` on end that are to be one part of a tile: at an edge, if they are
-  /// then not too few to be worth a part, and with their group, if they begin within one.
-  Index end_of_rows(const Tile& tile, Index first, Index step) const {
+  /// How many queries of the tile, whose first has its place in a group, are to be one part: up to an
+  /// edge, unless they are then too few to be worth a part; few, where masks slant; and none of the next
+  /// group, where they begin within one.
+  Index queries_of_part(Tile tile, Index place_in_group, Index group) const {
     constexpr Index fewest = 8;
-    Index end = std::numeric_limits<Index>::max();
+    const Index few = simd::rounded_up(24, group);
     every_mask([&](const auto& term) {
-      return end = std::min(end, detail::next_edge(term, first + fewest - 1)), true;
+      const Index edge = detail::next_edge(term, tile.first_query + fewest - 1);
+      return tile.queries = std::min(tile.queries, edge - tile.first_query), true;
     });
-    const Index within_group = (first - tile.first_query) % step;
-    return within_group == 0 ? end : std::min(end, first - within_group + step);
+    if (place_in_group > 0) return std::min(tile.queries, group - place_in_group);
+    const auto is_level = [&](const auto& term) { return !detail::slants(term, tile); };
+    return tile.queries <= few || every_mask(is_level) ? tile.queries : few;
   }
 
   template <std::size_t index>

@@ -24,6 +24,9 @@ struct BoundMasks {
   void each(const Use& use) const {
     std::apply([&](const Bound&... bound) { (use(bound), ...); }, masks);
   }
+  bool slants(const Tile& tile) const {
+    return any([&](const auto& mask) { return detail::slants(mask, tile); });
+  }
   Index next_edge(Index query) const {
     Index edge = std::numeric_limits<Index>::max();
     each([&](const auto& mask) { edge = std::min(edge, detail::next_edge(mask, query)); });
