@@ -61,7 +61,7 @@ Tiling backward_tiling(const Shape& shape) {
 /// so that they do not compete for the same lines of the cache.
 template <class Scalar>
 constexpr Index score_stride(Index key_tile) {
-  const Index line = std::max<Index>(1, 64 / static_cast<Index>(sizeof(Scalar)));
+  constexpr Index line = simd::line<Scalar>;
   const Index stride = simd::padded<Scalar>(key_tile);
   return (stride / line) % 2 == 0 ? stride + std::max(line, simd::lanes<Scalar>) : stride;
 }

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <limits>
 #include <surfattn/types.hpp>
@@ -18,6 +19,14 @@ using Packet = typename Eigen::internal::packet_traits<Scalar>::type;
 
 template <class Scalar>
 inline constexpr Index lanes = Eigen::internal::unpacket_traits<Packet<Scalar>>::size;
+
+/// Numbers in a line of memory.
+template <class Scalar>
+inline constexpr Index line = std::max<Index>(1, 64 / static_cast<Index>(sizeof(Scalar)));
+
+/// Whether a line is a single packet. How far a processor works ahead is counted in instructions, and so
+/// in lines twice as far as where a line is two packets.
+inline constexpr bool packets_are_lines = lanes<float> >= line<float>;
 
 /// Registers that hold packets; 16 for AVX2 and SSE, 32 for AVX-512 and NEON.
 inline constexpr int registers = EIGEN_ARCH_DEFAULT_NUMBER_OF_REGISTERS;

@@ -43,9 +43,8 @@ inline constexpr Index prefetch_distance = 16;
 /// wide, where no prefetcher of the hardware follows.
 template <class Source>
 SURFATTN_ALWAYS_INLINE void prefetch_rows(MatrixView<const Source> rows, Index first, Index count) {
-  constexpr Index line = std::max<Index>(1, 64 / static_cast<Index>(sizeof(Source)));
   for (Index i = first; i < std::min(first + count, rows.rows); ++i) {
-    for (Index c = 0; c < rows.cols; c += line) __builtin_prefetch(&rows(i, c));
+    for (Index c = 0; c < rows.cols; c += line<Source>) __builtin_prefetch(&rows(i, c));
   }
 }
 

@@ -71,10 +71,6 @@ struct HeadRows {
   }
 };
 
-/// Whether a line of memory is a single packet. How far a processor works ahead is counted in
-/// instructions, and so in lines twice as far as where a line is two packets.
-inline constexpr bool packets_are_lines = lanes<float> * sizeof(float) >= 64;
-
 /// Asks for rows that are needed after a product while it is computed, those of two matrices by turns
 /// and as much of them as the product has advanced. Line after line, since rows begin far from each
 /// other: whole rows where packets are lines, and else pieces of a few lines, as many as a processor
@@ -98,8 +94,7 @@ class ProductAhead {
   }
 
  private:
-  static constexpr Index line = std::max<Index>(1, 64 / static_cast<Index>(sizeof(Source)));
-  static constexpr Index few_lines = 8 * line;
+  static constexpr Index line = simd::line<Source>, few_lines = 8 * line;
 
   /// Apart from the loops of the product, which need the registers.
   SURFATTN_NEVER_INLINE void ask() {

@@ -120,9 +120,8 @@ struct Tile {
 /// Asks for what the next kernel will add to.
 template <int Rows, class Scalar>
 SURFATTN_ALWAYS_INLINE void prefetch_accumulators(const Tile<Scalar>& c) {
-  constexpr Index line = std::max<Index>(1, 64 / static_cast<Index>(sizeof(Scalar)));
   for (int i = 0; i < Rows; ++i) {
-    for (Index j = 0; j < panel_width<Scalar>; j += line) {
+    for (Index j = 0; j < panel_width<Scalar>; j += line<Scalar>) {
       __builtin_prefetch(c.data + i * c.row_stride + j);
     }
   }
