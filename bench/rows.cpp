@@ -54,14 +54,21 @@ Comparison forward_and_backward_against_naive() {
           both(p->naive_forward_with_weights(), p->naive_backward())};
 }
 
-/// Half of the time without a mask: what the causal mask leaves to do.
-std::function<Comparison()> causal_against_half(Case c, Pass pass) {
+/// The share of the time without a mask that falls to the pairs that the mask leaves.
+template <class Mask>
+std::function<Comparison()> against_share_of_unmasked(Case c, Pass pass) {
   return [=]() -> Comparison {
-    const auto causal = Problem<float, CausalMask>::make(c);
+    double seen = 0;
+    for (Index i = 0; i < c.queries; ++i) {
+      const KeyRange range = Mask::range(i, c);
+      seen += static_cast<double>(range.last - range.first);
+    }
+    const double share = seen / static_cast<double>(c.queries * c.keys);
+    const auto masked = Problem<float, Mask>::make(c);
     const auto whole = Problem<float>::make(c);
     if (pass == Pass::forward)
-      return {causal->forward(Form::standard), whole->forward(Form::standard), 0.5};
-    return {causal->backward(Form::standard), whole->backward(Form::standard), 0.5};
+      return {masked->forward(Form::standard), whole->forward(Form::standard), share};
+    return {masked->backward(Form::standard), whole->backward(Form::standard), share};
   };
 }
 
@@ -108,6 +115,18 @@ std::function<Comparison()> two_against_one(Case c, Pass pass) {
     if (pass == Pass::forward) return {p->forward(Form::standard, two), p->forward(Form::standard)};
     return {p->backward(Form::standard, two), p->backward(Form::standard)};
   };
+}
+
+template <class Mask>
+void add_mask_rows(std::vector<Row>& rows, double target) {
+  for (const Pass pass : {Pass::forward, Pass::backward}) {
+    for (const Index d : {64, 128}) {
+      rows.push_back(
+          {std::string(Mask::name) +
+               (pass == Pass::forward ? "-forward-4096x" : "-backward-4096x") + std::to_string(d),
+           "share of unmasked", target, against_share_of_unmasked<Mask>(square(4096, d), pass)});
+    }
+  }
 }
 
 /// 16-bit storage against float, where the library computes with it.
@@ -182,13 +201,8 @@ std::vector<Row> all_rows() {
   add_peak_rows<double>(rows, "double", Pass::forward, forward.double_64, forward.double_128);
   add_peak_rows<float>(rows, "float", Pass::backward, 0.85, 0.90);
   add_peak_rows<double>(rows, "double", Pass::backward, 0, 0);
-  for (const Pass pass : {Pass::forward, Pass::backward}) {
-    for (const Index d : {64, 128}) {
-      rows.push_back({(pass == Pass::forward ? "causal-forward-4096x" : "causal-backward-4096x") +
-                          std::to_string(d),
-                      "half of unmasked", 1 / 1.08, causal_against_half(square(4096, d), pass)});
-    }
-  }
+  add_mask_rows<CausalMask>(rows, 1 / 1.08);
+  add_mask_rows<WindowMask>(rows, 0);
   add_form_rows(rows);
   add_narrow_rows<Eigen::bfloat16>(rows, "bfloat16", detail::simd::multiplies_pairs ? 1.7 : 0);
   add_narrow_rows<Eigen::half>(rows, "half", 0);
