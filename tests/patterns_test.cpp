@@ -4,6 +4,7 @@
 #include <array>
 #include <atomic>
 #include <cstdint>
+#include <limits>
 #include <string>
 #include <utility>
 
@@ -68,6 +69,14 @@ TEST_CASE("documents may be packed or mixed, and their ids of any width", "[patt
           Documents(of_queries, of_keys));
     }
   }
+}
+
+TEST_CASE("the largest number is the id of a document like any other", "[patterns]") {
+  const long long largest = std::numeric_limits<long long>::max();
+  const std::vector<long long> ids{0, 0, largest, largest, largest};
+  check_pattern(
+      Batch{{5}, {5}}, [](Index, Index, Index i, Index j) { return (i < 2) == (j < 2); },
+      Documents(ids));
 }
 
 TEST_CASE("blocks may be of any size, and differ from head to head", "[patterns]") {

@@ -92,8 +92,9 @@ struct DocumentPairs {
   /// Where the next document begins; ids that are not sorted may change with every query.
   Index next_edge(Index query) const {
     const Index end = query_ids.size();
-    return are_sorted && query < end ? lower_bound(query_ids, query, end, query_ids[query] + 1)
-                                     : end;
+    if (!are_sorted || query >= end) return end;
+    const Index id = query_ids[query];
+    return end_of_run(query, end, [&](Index later) { return query_ids[later] == id; });
   }
 
   void see_row(const Tile& row, SeenByte* seen) const {
@@ -126,17 +127,19 @@ struct DocumentPairs {
   /// The keys of the tile with an id among these, where ids are sorted; at its end, where there are none.
   KeyRange keys_within(IdRange ids, const Tile& tile) const {
     const Index end = tile.first_key + tile.keys;
-    if (ids.largest < ids.smallest) return {end, end};
-    const Index first = lower_bound(key_ids, tile.first_key, end, ids.smallest);
-    const Index last = lower_bound(key_ids, first, end, ids.largest + 1);
+    const Index first =
+        end_of_run(tile.first_key, end, [&](Index key) { return key_ids[key] < ids.smallest; });
+    const Index last =
+        end_of_run(first, end, [&](Index key) { return key_ids[key] <= ids.largest; });
     return first < last ? KeyRange{first, last} : KeyRange{end, end};
   }
 
-  /// The first place in [first, last) whose id is not less than `id`.
-  static Index lower_bound(const IntegerView& ids, Index first, Index last, Index id) {
+  /// The first place in [first, last) for which `is_before` does not hold, as for all behind it.
+  template <class Before>
+  static Index end_of_run(Index first, Index last, const Before& is_before) {
     while (first < last) {
       const Index middle = first + (last - first) / 2;
-      if (ids[middle] < id) {
+      if (is_before(middle)) {
         first = middle + 1;
       } else {
         last = middle;
