@@ -311,22 +311,28 @@ TEST_CASE("In float, too, terms hide what the dense mask of their pattern hides"
                           {Kind::causal, Kind::key_lengths}, equals_its_pattern);
 }
 
-TEST_CASE("A dense mask may be stored in any way", "[masks]") {
+/// Of many queries, which are tiles, and of few.
+void check_storage_of_mask(Index queries, Index keys) {
   Random random = seeded_random();
-  CAPTURE(seed());
-  const auto p = random_problem<double>(Form::standard, {9, 17, 3, 2}, random);
-  const Bools mask = random_dense(9, 17, random);
+  CAPTURE(seed(), queries, keys);
+  const auto p = random_problem<double>(Form::standard, {queries, keys, 3, 2}, random);
+  const Bools mask = random_dense(queries, keys, random);
   const auto expected = with_dense(p, mask);
 
   const Eigen::Matrix<bool, Eigen::Dynamic, Eigen::Dynamic> columns = mask;
   check_same_bits(with_terms(p, BoolMask{columns}), expected);
   const Bools transposed = mask.transpose();
   check_same_bits(with_terms(p, BoolMask{transposed.transpose()}), expected);
-  Bools larger = Bools::Constant(13, 20, true);
-  larger.block(2, 1, 9, 17) = mask;
-  check_same_bits(with_terms(p, BoolMask{larger.block(2, 1, 9, 17)}), expected);
+  Bools larger = Bools::Constant(queries + 4, keys + 3, true);
+  larger.block(2, 1, queries, keys) = mask;
+  check_same_bits(with_terms(p, BoolMask{larger.block(2, 1, queries, keys)}), expected);
   const Matrix<int> numbers = 4 * mask.cast<int>();
   check_same_bits(with_terms(p, BoolMask{numbers}), expected);
+}
+
+TEST_CASE("A dense mask may be stored in any way", "[masks]") {
+  check_storage_of_mask(9, 17);
+  check_storage_of_mask(101, 300);
 }
 
 TEST_CASE("A window may reach without limit, and needs no alignment where queries match keys",

@@ -6,11 +6,12 @@
 #include <concepts>
 #include <cstdint>
 #include <limits>
+#include <surfattn/detail/simd/term_rows.hpp>
 #include <surfattn/terms/term.hpp>
 
 /// A mask answers pair by pair (`range` or `allows`), and for whole tiles (`coverage`). It may
-/// answer four more questions, for which there are answers that always serve: `first_run`, `see_row`,
-/// `next_edge` and `slants`.
+/// answer more questions, for which there are answers that always serve: `first_run`, `see_row`,
+/// `see_rows`, `next_edge` and `slants`.
 namespace surfattn::detail {
 
 /// Bytes, 1 where a key is seen.
@@ -173,19 +174,6 @@ void see_row(const Mask& mask, const Tile& row, SeenByte* seen) {
   }
 }
 
-/// Calls use(row, offset) for each row of a tile, cut into parts of `most` keys; `offset` counts
-/// the keys of the tile before the part.
-template <class Use>
-void for_row_parts(const Tile& tile, Index most, const Use& use) {
-  for (Index i = 0; i < tile.queries; ++i) {
-    for (Index j = 0; j < tile.keys; j += most) {
-      use(Tile{tile.head, tile.first_query + i, 1, tile.first_key + j,
-               std::min(most, tile.keys - j)},
-          j);
-    }
-  }
-}
-
 /// Writes `value` over the entries of a row-major tile that the mask hides.
 template <RangeMask Mask, class Scalar>
 void hide(const Mask& mask, const Tile& tile, Scalar* data, Index row_stride, Scalar value) {
@@ -198,35 +186,63 @@ void hide(const Mask& mask, const Tile& tile, Scalar* data, Index row_stride, Sc
   }
 }
 
+/// A block of pairs that is looked at together: seen(i, j) is byte i·most_keys + j.
+struct SeenBlock {
+  static constexpr Index most_queries = 16, most_keys = 128;
+  SeenByte bytes[most_queries * most_keys];
+
+  const SeenByte* row(Index i) const { return bytes + i * most_keys; }
+
+  template <class Mask>
+  void see(const Mask& mask, const Tile& block) {
+    if constexpr (requires { mask.see_rows(block, bytes, most_keys); }) {
+      if (mask.see_rows(block, bytes, most_keys)) return;
+    }
+    for (Index i = 0; i < block.queries; ++i) {
+      const Tile row{block.head, block.first_query + i, 1, block.first_key, block.keys};
+      see_row(mask, row, bytes + i * most_keys);
+    }
+  }
+};
+
+/// Calls use(block, seen) for every block of a tile, as long as it returns true.
+template <class Mask, class Use>
+void each_seen_block(const Mask& mask, const Tile& tile, const Use& use) {
+  SeenBlock seen;
+  for (Index j = 0; j < tile.keys; j += SeenBlock::most_keys) {
+    for (Index i = 0; i < tile.queries; i += SeenBlock::most_queries) {
+      const Tile block{tile.head, tile.first_query + i,
+                       std::min(SeenBlock::most_queries, tile.queries - i), tile.first_key + j,
+                       std::min(SeenBlock::most_keys, tile.keys - j)};
+      seen.see(mask, block);
+      if (!use(block, seen)) return;
+    }
+  }
+}
+
 template <PairMask Mask, class Scalar>
 void hide(const Mask& mask, const Tile& tile, Scalar* data, Index row_stride, Scalar value) {
-  constexpr Index most = 512;
-  SeenByte seen[most];
-  for_row_parts(tile, most, [&](const Tile& part, Index offset) {
-    see_row(mask, part, seen);
-    Scalar* row = data + (part.first_query - tile.first_query) * row_stride + offset;
-    for (Index j = 0; j < part.keys; ++j) row[j] = seen[j] ? row[j] : value;
+  each_seen_block(mask, tile, [&](const Tile& block, const SeenBlock& seen) {
+    Scalar* row = data + (block.first_query - tile.first_query) * row_stride +
+                  (block.first_key - tile.first_key);
+    for (Index i = 0; i < block.queries; ++i, row += row_stride)
+      simd::hide_in_row(seen.row(i), value, row, block.keys);
+    return true;
   });
 }
 
 /// Coverage by reading the tile until it has met both a pair that is seen and one that is not.
 template <class Mask>
 Coverage read_coverage(const Mask& mask, const Tile& tile) {
-  constexpr Index most = 512;
-  SeenByte seen[most];
   Index all = 0, any = 0;
-  for (Index i = 0; i < tile.queries; ++i) {
-    const Tile row{tile.head, tile.first_query + i, 1, tile.first_key, tile.keys};
-    for_row_parts(row, most, [&](const Tile& part, Index) {
-      see_row(mask, part, seen);
-      Index count = 0;
-      for (Index j = 0; j < part.keys; ++j) count += seen[j];
-      any += count;
-      all += part.keys;
-    });
-    if (any > 0 && any < all) return Coverage::partial;
-  }
-  return any == all ? Coverage::full : Coverage::empty;
+  each_seen_block(mask, tile, [&](const Tile& block, const SeenBlock& seen) {
+    for (Index i = 0; i < block.queries; ++i) {
+      for (Index j = 0; j < block.keys; ++j) any += seen.row(i)[j];
+    }
+    all += block.queries * block.keys;
+    return any == 0 || any == all;
+  });
+  return any == 0 ? Coverage::empty : any == all ? Coverage::full : Coverage::partial;
 }
 
 /// A bound term that hides keys, whatever else it does.

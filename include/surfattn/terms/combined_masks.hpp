@@ -89,10 +89,12 @@ struct Union : BoundMasks<Bound...> {
     constexpr Index most = 256;
     SeenByte other[most];
     all.each([&](const auto& mask) {
-      for_row_parts(row, most, [&](const Tile& part, Index offset) {
+      for (Index offset = 0; offset < row.keys; offset += most) {
+        const Tile part{row.head, row.first_query, 1, row.first_key + offset,
+                        std::min(most, row.keys - offset)};
         detail::see_row(mask, part, other);
         combine(other, offset, part.keys);
-      });
+      }
     });
   }
 };

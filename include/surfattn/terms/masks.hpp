@@ -197,6 +197,17 @@ class BoolMask {
     }
   }
 
+  /// Several rows of a mask that is stored by columns, which are then read as they lie.
+  bool see_rows(const Tile& block, detail::SeenByte* seen, Index seen_stride) const {
+    if (mask_.row_stride != 1 || mask_.col_stride == 1) return false;
+    const Element* from = mask_.data + block.head * head_stride_ + block.first_query +
+                          block.first_key * mask_.col_stride;
+    for (Index j = 0; j < block.keys; ++j, from += mask_.col_stride) {
+      for (Index i = 0; i < block.queries; ++i) seen[i * seen_stride + j] = from[i] != Element(0);
+    }
+    return true;
+  }
+
  private:
   /// Whether the rows are those of `blocks` blocks of queries.
   bool is_rows_of(const detail::Shape& shape, Index blocks) const {

@@ -270,6 +270,26 @@ SURFATTN_ALWAYS_INLINE Packet<Scalar> zero_where_zero(Packet<Scalar> a, Packet<S
   }
 }
 
+/// Lane by lane: x where the byte is 1, and `otherwise` where it is 0.
+template <class Scalar>
+SURFATTN_ALWAYS_INLINE Packet<Scalar> select(const std::uint8_t* bytes, Packet<Scalar> x,
+                                             Packet<Scalar> otherwise) {
+  if constexpr (lanes<Scalar> == 1) {
+    return *bytes ? x : otherwise;
+  } else {
+    using Integer = std::conditional_t<sizeof(Scalar) == 4, std::uint32_t, std::uint64_t>;
+    typedef std::uint8_t Bytes
+        __attribute__((vector_size(static_cast<std::size_t>(lanes<Scalar>))));
+    typedef Integer Integers __attribute__((vector_size(sizeof(Packet<Scalar>))));
+    Bytes narrow;
+    __builtin_memcpy(&narrow, bytes, sizeof narrow);
+    const Integers without = __builtin_convertvector(narrow, Integers) - 1;  // all bits for 0
+    return __builtin_bit_cast(Packet<Scalar>,
+                              (__builtin_bit_cast(Integers, x) & ~without) |
+                                  (__builtin_bit_cast(Integers, otherwise) & without));
+  }
+}
+
 /// The first `count` lanes of x, and `otherwise` in the rest.
 template <class Scalar>
 SURFATTN_ALWAYS_INLINE Packet<Scalar> first_lanes(Packet<Scalar> x, Index count, Scalar otherwise) {

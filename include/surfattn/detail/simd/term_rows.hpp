@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <cstdint>
 #include <surfattn/detail/simd/packing.hpp>
 #include <surfattn/detail/simd/row_operations.hpp>
 #include <surfattn/detail/simd/tanh.hpp>
@@ -18,6 +19,16 @@ void soft_cap_row(Scalar* row, Scalar cap, Scalar* derivatives, Index count) {
     store(row + j, multiply(factor, t));
     if constexpr (with_derivatives) store(derivatives + j, multiply(subtract(one, t), add(one, t)));
   }
+}
+
+/// row_j ← value where byte j is 0 and not 1, for `count` numbers.
+template <class Scalar>
+void hide_in_row(const std::uint8_t* bytes, Scalar value, Scalar* row, Index count) {
+  const auto hidden = broadcast(value);
+  Index j = 0;
+  for (; j + lanes<Scalar> <= count; j += lanes<Scalar>)
+    store_unaligned(row + j, select<Scalar>(bytes + j, load_unaligned(row + j), hidden));
+  for (; j < count; ++j) row[j] = bytes[j] ? row[j] : value;
 }
 
 /// row ← row + addend over a whole number of panels.
