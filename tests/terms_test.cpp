@@ -179,6 +179,28 @@ TEST_CASE("a bias of -infinity hides a pair as a mask does") {
   }
 }
 
+TEST_CASE("a bias may be stored in any way, also one that hides") {
+  std::mt19937_64 random = seeded_random();
+  const Problem<double> p({101, 300, 4, 3}, random);
+  for (const bool hides : {false, true}) {
+    Rows bias = random_matrix<double>(101, 300, random);
+    if (hides) bias = (bias.array() > 0.5).select(-infinity, bias);
+    const Eigen::MatrixXd columns = bias;
+    const auto by_rows = attention_forward(p.queries, p.keys, p.values, {}, AdditiveBias{bias}),
+               by_columns =
+                   attention_forward(p.queries, p.keys, p.values, {}, AdditiveBias{columns});
+    CHECK(largest_difference(by_rows.out, by_columns.out) <= 1e-14);
+    CHECK(largest_difference(by_rows.log_sum_exp, by_columns.log_sum_exp) <= 1e-14);
+    const auto gradients = [&](const auto& term) {
+      return attention_backward(p.queries, p.keys, p.values, by_rows, p.grad_out, {}, term);
+    };
+    const auto of_rows = gradients(AdditiveBias{bias}),
+               of_columns = gradients(AdditiveBias{columns});
+    CHECK(largest_difference(of_rows.keys, of_columns.keys) <= 1e-13);
+    CHECK(largest_difference(std::get<0>(of_rows.terms), std::get<0>(of_columns.terms)) <= 1e-14);
+  }
+}
+
 TEST_CASE("NaN in a bias reaches its row and no other") {
   std::mt19937_64 random = seeded_random();
   const Problem<double> p({20, 30, 4, 3}, random);

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <limits>
 #include <surfattn/detail/simd/term_rows.hpp>
+#include <surfattn/detail/view.hpp>
 #include <surfattn/terms/term.hpp>
 
 /// A mask answers pair by pair (`range` or `allows`), and for whole tiles (`coverage`). It may
@@ -168,6 +169,8 @@ template <PairMask Mask>
 void see_row(const Mask& mask, const Tile& row, SeenByte* seen) {
   if constexpr (requires { mask.see_row(row, seen); }) {
     mask.see_row(row, seen);
+  } else if constexpr (requires { mask.see_rows(row, seen, row.keys); }) {
+    mask.see_rows(row, seen, row.keys);
   } else {
     for (Index j = 0; j < row.keys; ++j)
       seen[j] = allows(mask, row.head, row.first_query, row.first_key + j);
@@ -186,6 +189,28 @@ void hide(const Mask& mask, const Tile& tile, Scalar* data, Index row_stride, Sc
   }
 }
 
+/// Bytes of a block of pairs, `seen_stride` from row to row, from the numbers that stand for them: read in
+/// the order in which they are stored.
+template <class Element, class IsSeen>
+void see_entries(MatrixView<const Element> entries, SeenByte* seen, Index seen_stride,
+                 const IsSeen& is_seen) {
+  if (entries.is_stored_by_columns()) {
+    for (Index j = 0; j < entries.cols; ++j) {
+      const Element* const column = &entries(0, j);
+      for (Index i = 0; i < entries.rows; ++i) seen[i * seen_stride + j] = is_seen(column[i]);
+    }
+    return;
+  }
+  for (Index i = 0; i < entries.rows; ++i, seen += seen_stride) {
+    const Element* const row = entries.row(i);
+    if (entries.col_stride == 1) {
+      for (Index j = 0; j < entries.cols; ++j) seen[j] = is_seen(row[j]);
+    } else {
+      for (Index j = 0; j < entries.cols; ++j) seen[j] = is_seen(row[j * entries.col_stride]);
+    }
+  }
+}
+
 /// A block of pairs that is looked at together: seen(i, j) is byte i·most_keys + j.
 struct SeenBlock {
   static constexpr Index most_queries = 16, most_keys = 128;
@@ -196,11 +221,12 @@ struct SeenBlock {
   template <class Mask>
   void see(const Mask& mask, const Tile& block) {
     if constexpr (requires { mask.see_rows(block, bytes, most_keys); }) {
-      if (mask.see_rows(block, bytes, most_keys)) return;
-    }
-    for (Index i = 0; i < block.queries; ++i) {
-      const Tile row{block.head, block.first_query + i, 1, block.first_key, block.keys};
-      see_row(mask, row, bytes + i * most_keys);
+      mask.see_rows(block, bytes, most_keys);
+    } else {
+      for (Index i = 0; i < block.queries; ++i) {
+        const Tile row{block.head, block.first_query + i, 1, block.first_key, block.keys};
+        see_row(mask, row, bytes + i * most_keys);
+      }
     }
   }
 };

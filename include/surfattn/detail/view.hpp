@@ -32,6 +32,10 @@ struct MatrixView {
     return {data ? data + first * col_stride : nullptr, rows, count, row_stride, col_stride};
   }
 
+  /// Whether the numbers of a column lie side by side and those of a row do not.
+  bool is_stored_by_columns() const { return row_stride == 1 && col_stride != 1; }
+  MatrixView transposed() const { return {data, cols, rows, col_stride, row_stride}; }
+
   operator MatrixView<const Scalar>() const requires(!std::is_const_v<Scalar>) {
     return {data, rows, cols, row_stride, col_stride};
   }

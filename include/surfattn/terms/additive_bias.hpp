@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <limits>
 #include <string>
+#include <surfattn/detail/bound_masks.hpp>
 #include <surfattn/detail/simd/term_rows.hpp>
 #include <surfattn/terms/parameter.hpp>
 #include <surfattn/terms/term.hpp>
@@ -54,30 +55,33 @@ class AdditiveBias : public detail::TrainableTerm<AdditiveBias<Element>, Element
     return block(this->parameters_, {head, query, 1, key, 1})(0, 0) != hidden();
   }
 
-  /// Reads the tile's part of the bias until it has met both a pair that is seen and one that is
-  /// not.
+  /// Reads the tile's part of the bias, in the order in which it is stored, until it has met both a
+  /// pair that is seen and one that is not.
   Coverage coverage(const Tile& tile) const {
-    const auto bias = block(this->parameters_, tile);
+    auto lines = block(this->parameters_, tile);
+    if (!has_queries_) lines = lines.block_rows(0, 1);
+    if (lines.is_stored_by_columns()) lines = lines.transposed();
     bool any = false, all = true;
-    for (Index i = 0; i < (has_queries_ ? tile.queries : 1); ++i) {
-      const Index count = bias.col_stride == 1
-                              ? count_hidden(bias.row(i), 1, tile.keys)
-                              : count_hidden(bias.row(i), bias.col_stride, tile.keys);
-      any |= count < tile.keys;
+    for (Index i = 0; i < lines.rows; ++i) {
+      const Index count = lines.col_stride == 1
+                              ? count_hidden(lines.row(i), 1, lines.cols)
+                              : count_hidden(lines.row(i), lines.col_stride, lines.cols);
+      any |= count < lines.cols;
       all &= count == 0;
       if (any && !all) return Coverage::partial;
     }
     return all ? Coverage::full : Coverage::empty;
   }
 
+  void see_rows(const Tile& tile, detail::SeenByte* seen, Index seen_stride) const {
+    detail::see_entries(block(this->parameters_, tile), seen, seen_stride,
+                        [](Element bias) { return bias != hidden(); });
+  }
+
   template <class Accumulator>
   void add_to(const Tile& tile, detail::simd::Tile<Accumulator> scores) const {
-    const auto bias = block(this->parameters_, tile);
-    for (Index i = 0; i < tile.queries; ++i) {
-      detail::simd::add_scaled_source(bias.row(i), bias.col_stride,
-                                      detail::simd::log2_e<Accumulator>,
-                                      scores.data + i * scores.row_stride, tile.keys);
-    }
+    detail::simd::add_scaled_source(block(this->parameters_, tile),
+                                    detail::simd::log2_e<Accumulator>, scores);
   }
 
   Index sums_per_item(const detail::Shape&) const { return 0; }

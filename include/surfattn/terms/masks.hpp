@@ -187,25 +187,12 @@ class BoolMask {
 
   Coverage coverage(const Tile& tile) const { return detail::read_coverage(*this, tile); }
 
-  void see_row(const Tile& row, detail::SeenByte* seen) const {
-    const Element* from = mask_.data + row.head * head_stride_ +
-                          row.first_query * mask_.row_stride + row.first_key * mask_.col_stride;
-    if (mask_.col_stride == 1) {
-      for (Index j = 0; j < row.keys; ++j) seen[j] = from[j] != Element(0);
-    } else {
-      for (Index j = 0; j < row.keys; ++j) seen[j] = from[j * mask_.col_stride] != Element(0);
-    }
-  }
-
-  /// Several rows of a mask that is stored by columns, which are then read as they lie.
-  bool see_rows(const Tile& block, detail::SeenByte* seen, Index seen_stride) const {
-    if (mask_.row_stride != 1 || mask_.col_stride == 1) return false;
-    const Element* from = mask_.data + block.head * head_stride_ + block.first_query +
-                          block.first_key * mask_.col_stride;
-    for (Index j = 0; j < block.keys; ++j, from += mask_.col_stride) {
-      for (Index i = 0; i < block.queries; ++i) seen[i * seen_stride + j] = from[i] != Element(0);
-    }
-    return true;
+  void see_rows(const Tile& block, detail::SeenByte* seen, Index seen_stride) const {
+    auto of_head = mask_;
+    of_head.data += block.head * head_stride_;
+    detail::see_entries(of_head.block_rows(block.first_query, block.queries)
+                            .block_cols(block.first_key, block.keys),
+                        seen, seen_stride, [](Element number) { return number != Element(0); });
   }
 
  private:

@@ -93,6 +93,22 @@ void add_scaled_source(const Source* source, Index stride, Scalar factor, Scalar
   for (; j < count; ++j) row[j] += factor * static_cast<Scalar>(source[j * stride]);
 }
 
+/// rows ← rows + factor·source. A source that is stored by columns is read by columns; one line of each
+/// row, which takes the sums of several columns, stays in the first-level cache.
+template <class Scalar, class Source>
+void add_scaled_source(MatrixView<const Source> source, Scalar factor, Tile<Scalar> rows) {
+  if (!source.is_stored_by_columns()) {
+    for (Index i = 0; i < source.rows; ++i)
+      add_scaled_source(source.row(i), source.col_stride, factor, rows.from(i).data, source.cols);
+    return;
+  }
+  for (Index j = 0; j < source.cols; ++j) {
+    const Source* const column = &source(0, j);
+    for (Index i = 0; i < source.rows; ++i)
+      rows.from(i).data[j] += factor * static_cast<Scalar>(column[i]);
+  }
+}
+
 /// target_j ← target_j + row_j, or row_j alone, for `count` numbers that lie `stride` apart.
 template <Store mode, class Scalar, class Target>
 void store_row(const Scalar* row, Target* target, Index stride, Index count) {
