@@ -44,6 +44,45 @@ TEST_CASE("queries, keys and values may be blocks of one matrix, and so their gr
   CHECK(same_bits(grad_packed.rightCols(6), gradients.values));
 }
 
+template <class Scalar>
+using Columns = Eigen::Matrix<Scalar, Eigen::Dynamic, Eigen::Dynamic>;
+
+/// Both passes with every matrix stored by columns.
+template <class Scalar>
+void check_columns(const Sizes& sizes) {
+  std::mt19937_64 random = seeded_random();
+  CAPTURE(seed(), sizes.queries, sizes.keys, sizes.head_dim);
+  const Problem<Scalar> p(sizes, random);
+  const Options options{.heads = p.heads};
+  const auto expected = attention_forward(p.queries, p.keys, p.values, options);
+  const auto gradients =
+      attention_backward(p.queries, p.keys, p.values, expected, p.grad_out, options);
+
+  const Columns<Scalar> q = p.queries, k = p.keys, v = p.values, grad_out = p.grad_out;
+  Columns<Scalar> out = grad_out, grad_q = q, grad_k = k, grad_v = v;
+  Columns<accumulator_t<Scalar>> log_sum_exp = expected.log_sum_exp;
+  attention_forward_into(q, k, v, out, log_sum_exp,
+                         Workspace(workspace_size(Pass::forward, q, k, v, options)), options);
+  CHECK(same_bits(out, expected.out));
+  CHECK(log_sum_exp == expected.log_sum_exp);
+  attention_backward_into(q, k, v, out, log_sum_exp, grad_out, grad_q, grad_k, grad_v,
+                          Workspace(workspace_size(Pass::backward, q, k, v, options)), options);
+  CHECK(same_bits(grad_q, gradients.queries));
+  CHECK(same_bits(grad_k, gradients.keys));
+  CHECK(same_bits(grad_v, gradients.values));
+  const Matrix<Scalar> surface = project(p.queries, p.keys, {.heads = p.heads});
+  CHECK(same_bits(project(q, k, {.heads = p.heads}), surface));
+}
+
+TEMPLATE_TEST_CASE("matrices stored by columns give the bits of those stored by rows", "[layouts]",
+                   float, double, Eigen::half, Eigen::bfloat16) {
+  check_columns<TestType>({101, 150, 40, 35, 4, 2});
+  check_columns<TestType>({33, 47, 300, 257});
+  check_columns<TestType>({10, 11, 64, 64, 2, 2});
+  check_columns<TestType>({3, 300, 17, 16, 2, 1});
+  check_columns<TestType>({1, 70, 16, 16});
+}
+
 /// (batch, length, heads·width) → (batch, heads, length, width).
 Matrix<float> heads_first(const Matrix<float>& tokens, Index batch, Index heads) {
   const Index length = tokens.rows() / batch, width = tokens.cols() / heads;

@@ -344,10 +344,8 @@ class BackwardTask {
   void add_to_grad_queries(Index head, Index first_query, Index queries) {
     const auto out = gradients_.query_sums.block_cols(head * shape_.head_dim, shape_.head_dim)
                          .block_rows(first_query, queries);
-    for (Index i = 0; i < queries; ++i) {
-      simd::write_row<simd::Store::add>(buffers_.grad_queries + i * buffers_.key_stride,
-                                        operands_.scale, out, i);
-    }
+    simd::write_rows<simd::Store::add>(buffers_.grad_queries, buffers_.key_stride, out,
+                                       [&](Index) { return operands_.scale; });
   }
 
   void store_keys() {
@@ -388,8 +386,7 @@ class BackwardTask {
   }
 
   static void store_rows(const Accumulator* from, Index stride, MatrixView<Scalar> to) {
-    for (Index j = 0; j < to.rows; ++j)
-      simd::write_row<simd::Store::set>(from + j * stride, Accumulator(1), to, j);
+    simd::write_rows<simd::Store::set>(from, stride, to, [](Index) { return Accumulator(1); });
   }
 
   const Operands<Scalar>& operands_;

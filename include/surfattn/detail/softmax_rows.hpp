@@ -89,12 +89,12 @@ struct SoftmaxRows {
   void write(Index row, const Operands<Scalar>& operands, const Terms& terms,
              const ForwardOutputs<Scalar>& outputs, Index head, Index query, Index queries) const {
     const Index value_dim = operands.shape.value_dim;
-    const auto outs = outputs.out.block_cols(head * value_dim, value_dim);
-    for (Index i = 0; i < queries; ++i) {
-      Accumulator* const weighed = out + (row + i) * stride;
-      include_sinks(row + i, terms, head, weighed, stride);
-      simd::write_row<simd::Store::set>(weighed, softmax.normaliser(row + i), outs, query + i);
-    }
+    for (Index i = row; i < row + queries; ++i)
+      include_sinks(i, terms, head, out + i * stride, stride);
+    simd::write_rows<simd::Store::set>(
+        out + row * stride, stride,
+        outputs.out.block_cols(head * value_dim, value_dim).block_rows(query, queries),
+        [&](Index i) { return softmax.normaliser(row + i); });
     if (outputs.log_sum_exp) write_log_sum_exp(row, outputs, head, query, queries);
   }
 

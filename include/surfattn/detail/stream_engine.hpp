@@ -252,7 +252,8 @@ class StreamTask {
   /// all heads; more of them spend their time on sums, which long steps save from being stored.
   template <class Use>
   void each_step(Heads heads, Index keys, const Use& use) const {
-    constexpr Index fewest = 8, budget = (Index(1) << 15) / static_cast<Index>(sizeof(Scalar));
+    constexpr Index budget = (Index(1) << 15) / static_cast<Index>(sizeof(Scalar));
+    const Index fewest = operands_.keys.is_stored_by_columns() ? simd::line<Scalar> : 8;
     const Index width = shape_.key_value_heads * std::max(shape_.head_dim, shape_.value_dim);
     const Index few = std::max(fewest, budget / std::max<Index>(width, 1) / fewest * fewest);
     const Index step = takes_blocks() ? keys : few;
@@ -425,10 +426,11 @@ class StreamTask {
       }
     }
     sum_values(head, coverage, outs);
-    for (Index row = 0; row < rows_; ++row) {
-      simd::write_row<simd::Store::set>(outs.tile(row).data, Accumulator(1),
-                                        outputs.out.block_cols(head_of(head, row) * width, width),
-                                        row % shape_.queries);
+    for (Index member = 0; member < group_; ++member) {
+      simd::write_rows<simd::Store::set>(
+          outs.tile(member * shape_.queries).data, outs.stride,
+          outputs.out.block_cols((head * group_ + member) * width, width),
+          [](Index) { return Accumulator(1); });
     }
   }
 

@@ -48,19 +48,40 @@ SURFATTN_ALWAYS_INLINE void prefetch_rows(MatrixView<const Source> rows, Index f
   }
 }
 
+/// Calls use(rows, first) for runs of the rows of `source`, from number `first` on, that make it up: for
+/// all of them, or, where they are stored by columns, for copies of a few. The numbers of such a row lie
+/// in as many lines, which may all compete for one place of a cache: each is read once, for all rows
+/// that it holds.
+template <class Source, class Use>
+void for_contiguous_rows(MatrixView<const Source> source, const Use& use) {
+  constexpr Index most_rows = line<Source>, most_cols = 256;
+  if (!source.is_stored_by_columns() || source.cols > most_cols) return use(source, Index(0));
+  alignas(Arena::alignment) Source numbers[most_rows * most_cols];
+  for (Index first = 0; first < source.rows; first += most_rows) {
+    const auto some = source.block_rows(first, std::min(most_rows, source.rows - first));
+    for (Index c = 0; c < some.cols; ++c) {
+      const Source* const column = &some(0, c);
+      for (Index i = 0; i < some.rows; ++i) numbers[i * some.cols + c] = column[i];
+    }
+    use(MatrixView<const Source>{numbers, some.rows, some.cols, some.cols, 1}, first);
+  }
+}
+
 /// source·factor, row by row, as a left operand: rows are padded(source.cols) apart, padded with
 /// zeros.
 template <class Scalar, class Source>
 void pack_rows(MatrixView<const Source> source, Scalar factor, Scalar* to) {
   const auto multiplier = broadcast(factor);
   const Index stride = padded<Scalar>(source.cols);
-  for (Index i = 0; i < source.rows; ++i, to += stride) {
-    const Source* from = source.row(i);
-    for (Index c = 0; c < stride; c += lanes<Scalar>) {
-      store(to + c, multiply(multiplier, gather<Scalar>(from + c * source.col_stride,
-                                                        source.col_stride, source.cols - c)));
+  for_contiguous_rows(source, [&](const MatrixView<const Source>& rows, Index) {
+    for (Index i = 0; i < rows.rows; ++i, to += stride) {
+      const Source* from = rows.row(i);
+      for (Index c = 0; c < stride; c += lanes<Scalar>) {
+        store(to + c, multiply(multiplier, gather<Scalar>(from + c * rows.col_stride,
+                                                          rows.col_stride, rows.cols - c)));
+      }
     }
-  }
+  });
 }
 
 /// How many elements of a packed operand hold `count` numbers along the depth.
@@ -99,9 +120,14 @@ template <Index width, class Scalar, class Source>
 SURFATTN_ALWAYS_INLINE Index pack_whole_columns(MatrixView<const Source> source, Index first,
                                                 Packet<Scalar> factor, Scalar* to) {
   Index c = 0;
+  const bool is_whole = source.rows - first >= lanes<Scalar>;
+  if constexpr (std::is_same_v<Scalar, Source>) {
+    for (; is_whole && source.is_stored_by_columns() && c < source.cols; ++c)
+      store(to + c * width, multiply(factor, load_unaligned(&source(first, c))));
+  }
   if constexpr (std::is_same_v<Scalar, Source> && loaded_columns<Scalar> != 0) {
     constexpr int count = loaded_columns<Scalar>;
-    const bool can_load = source.col_stride == 1 && source.rows - first >= lanes<Scalar>;
+    const bool can_load = is_whole && source.col_stride == 1;
     for (; can_load && c + count <= source.cols; c += count) {
       Packet<Scalar> columns[count];
       load_columns(source.row(first) + c, source.row_stride, columns);
@@ -272,12 +298,14 @@ void row_products(MatrixView<const Source> a, MatrixView<const Source> b, Scalar
 /// ‖row‖² of each row of `source`, the bits of its product with itself.
 template <class Scalar, class Source>
 void squared_norms(MatrixView<const Source> source, Scalar* to) {
-  for_runs_of_rows(source.rows, [&]<int Rows>(Index first, std::integral_constant<int, Rows>) {
-    row_sums<Rows>(source.col_stride == 1, source.cols, source.cols, to + first,
-                   [&](const auto& take, int i, Index c, const Packet<Scalar>& before) {
-                     const auto x = take(source, first + i, c);
-                     return multiply_add(x, x, before);
-                   });
+  for_contiguous_rows(source, [&](const MatrixView<const Source>& rows, Index start) {
+    for_runs_of_rows(rows.rows, [&]<int Rows>(Index first, std::integral_constant<int, Rows>) {
+      row_sums<Rows>(rows.col_stride == 1, rows.cols, rows.cols, to + start + first,
+                     [&](const auto& take, int i, Index c, const Packet<Scalar>& before) {
+                       const auto x = take(rows, first + i, c);
+                       return multiply_add(x, x, before);
+                     });
+    });
   });
 }
 
@@ -339,17 +367,20 @@ template <class Scalar, class Source>
 void pack_panels(MatrixView<const Source> source, Scalar factor, Scalar* to, Index panel_stride,
                  NonFiniteRows& non_finite, Scalar* norms = nullptr) {
   non_finite.count = 0;
-  for_runs_of_rows(source.rows, [&]<int Rows>(Index first, std::integral_constant<int, Rows>) {
-    prefetch_rows(source, first + prefetch_distance, Rows);
-    Scalar* const rows = to + first * panel_width<Scalar>;
-    Scalar some[Rows];
-    Scalar* const squares = norms ? norms + first : some;
-    pack_panel_rows<Rows>(source, first, factor, rows, panel_stride, squares);
-    for (Index i = 0; i < Rows; ++i) {
-      if (squares[i] * factor * factor <= std::numeric_limits<Scalar>::max()) continue;
-      if (drop_if_not_finite(rows + i * panel_width<Scalar>, source.cols, panel_stride))
-        non_finite.rows[non_finite.count++] = first + i;
-    }
+  for_contiguous_rows(source, [&](const MatrixView<const Source>& rows, Index start) {
+    for_runs_of_rows(rows.rows, [&]<int Rows>(Index row, std::integral_constant<int, Rows>) {
+      prefetch_rows(rows, row + prefetch_distance, Rows);
+      const Index first = start + row;
+      Scalar* const packed = to + first * panel_width<Scalar>;
+      Scalar some[Rows];
+      Scalar* const squares = norms ? norms + first : some;
+      pack_panel_rows<Rows>(rows, row, factor, packed, panel_stride, squares);
+      for (Index i = 0; i < Rows; ++i) {
+        if (squares[i] * factor * factor <= std::numeric_limits<Scalar>::max()) continue;
+        if (drop_if_not_finite(packed + i * panel_width<Scalar>, rows.cols, panel_stride))
+          non_finite.rows[non_finite.count++] = first + i;
+      }
+    });
   });
 }
 
@@ -369,6 +400,30 @@ void write_row(const Scalar* from, Scalar factor, MatrixView<Result> to, Index r
     const Scalar product = factor * from[c];
     entry =
         static_cast<Result>(mode == Store::set ? product : static_cast<Scalar>(entry) + product);
+  }
+}
+
+/// `to.rows` rows of a result, set to factor(i)·from or added to, from rows that are `stride` apart. A
+/// result that is stored by columns is written by columns, a line of each at a time.
+template <Store mode, class Scalar, class Result, class Factor>
+void write_rows(const Scalar* from, Index stride, MatrixView<Result> to, const Factor& factor) {
+  constexpr Index most = line<Result>;
+  for (Index first = 0, count; first < to.rows; first += count) {
+    count = to.is_stored_by_columns() ? std::min(most, to.rows - first) : 1;
+    if (count == 1) {
+      write_row<mode>(from + first * stride, factor(first), to, first);
+      continue;
+    }
+    Scalar factors[most];
+    for (Index i = 0; i < count; ++i) factors[i] = factor(first + i);
+    for (Index c = 0; c < to.cols; ++c) {
+      for (Index i = 0; i < count; ++i) {
+        const Scalar product = factors[i] * from[(first + i) * stride + c];
+        Result& entry = to(first + i, c);
+        entry = static_cast<Result>(mode == Store::set ? product
+                                                       : static_cast<Scalar>(entry) + product);
+      }
+    }
   }
 }
 
