@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <array>
-#include <limits>
 #include <surfattn/detail/bound_masks.hpp>
 #include <surfattn/detail/simd/term_rows.hpp>
 #include <surfattn/terms/term.hpp>

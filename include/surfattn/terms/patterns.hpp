@@ -246,7 +246,8 @@ class Documents {
 /// integer type with ⌈Tq/block_queries⌉ × ⌈Tk/block_keys⌉ blocks, for all heads, or that many
 /// columns for each query head, side by side. In a batch the same blocks serve every sequence,
 /// counted from its first query and key; they are as many as the longest one has. Empty blocks are
-/// skipped; to skip all of them, let block_queries be at least 8 and block_keys a multiple of 32.
+/// skipped; to skip nearly all of them, let block_queries be a power of two of at least 16 and
+/// block_keys a multiple of 32: beside an edge up to 7 queries may be taken with the block before.
 template <class Element>
 class BlockSparse {
  public:

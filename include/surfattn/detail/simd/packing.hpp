@@ -49,9 +49,9 @@ SURFATTN_ALWAYS_INLINE void prefetch_rows(MatrixView<const Source> rows, Index f
 }
 
 /// Calls use(rows, first) for runs of the rows of `source`, from number `first` on, that make it up: for
-/// all of them, or, where they are stored by columns, for copies of a few. The numbers of such a row lie
-/// in as many lines, which may all compete for one place of a cache: each is read once, for all rows
-/// that it holds.
+/// all of them, or, where they are stored by columns, of which there are up to 256, for copies of a few.
+/// The numbers of such a row lie in as many lines, which may all compete for one place of a cache: each
+/// is read once, for all rows that it holds.
 template <class Source, class Use>
 void for_contiguous_rows(MatrixView<const Source> source, const Use& use) {
   constexpr Index most_rows = line<Source>, most_cols = 256;
