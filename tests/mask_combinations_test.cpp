@@ -134,16 +134,18 @@ TEST_CASE("what a pattern leaves empty is not computed", "[patterns]") {
       return pairs_of_tiles(tokens, query_tile, sees);
     };
     CHECK(pairs_computed(p, backward) == tokens * tokens);
-    // documents: each for itself, to whole groups of keys at its left
+    // documents: each for itself, to whole groups of keys at its left; a few queries beside an edge see
+    // the document before as well
+    const Index beside = 8;
     std::vector<int> long_ones, short_ones;
     for (Index i = 0; i < tokens; ++i) {
       long_ones.push_back(int(i / 256));
       short_ones.push_back(int(i / 77));
     }
     CHECK(pairs_computed(p, backward, Documents(long_ones)) == tokens * 256);
-    CHECK(pairs_computed(p, backward, Documents(short_ones)) <= tokens * (77 + step));
+    CHECK(pairs_computed(p, backward, Documents(short_ones)) <= tokens * (77 + step + beside));
     CHECK(pairs_computed(p, backward, all_of(Documents(short_ones), KeyLengths(2000))) <=
-          tokens * (77 + step));
+          tokens * (77 + step + beside));
     // blocks of a checkerboard
     for (const Index side : {128, 32}) {
       Bools board(tokens / side, tokens / side);
