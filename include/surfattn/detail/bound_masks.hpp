@@ -154,15 +154,19 @@ Index next_edge(const Mask& mask, Index query) {
   }
 }
 
-/// The first row of a tile, byte by byte.
-template <RangeMask Mask>
-void see_row(const Mask& mask, const Tile& row, SeenByte* seen) {
-  const KeyRange range = mask.range(row.first_query);
+/// The first row of a tile, byte by byte, of which the keys in the range are seen.
+inline void see_range(const KeyRange& range, const Tile& row, SeenByte* seen) {
   const Index first = std::clamp<Index>(range.first - row.first_key, 0, row.keys);
   const Index last = std::clamp<Index>(range.last - row.first_key, first, row.keys);
   std::fill(seen, seen + first, SeenByte(0));
   std::fill(seen + first, seen + last, SeenByte(1));
   std::fill(seen + last, seen + row.keys, SeenByte(0));
+}
+
+/// The first row of a tile, byte by byte.
+template <RangeMask Mask>
+void see_row(const Mask& mask, const Tile& row, SeenByte* seen) {
+  see_range(mask.range(row.first_query), row, seen);
 }
 
 template <PairMask Mask>

@@ -99,13 +99,7 @@ struct DocumentPairs {
 
   void see_row(const Tile& row, SeenByte* seen) const {
     const Index id = query_ids[row.first_query];
-    if (are_sorted) {
-      const KeyRange same = keys_within({id, id}, row);
-      std::fill(seen, seen + row.keys, SeenByte(0));
-      std::fill(seen + (same.first - row.first_key), seen + (same.last - row.first_key),
-                SeenByte(1));
-      return;
-    }
+    if (are_sorted) return see_range(keys_within({id, id}, row), row, seen);
     key_ids.with_reader([&](const auto& read) {
       for (Index j = 0; j < row.keys; ++j) seen[j] = read(row.first_key + j) == id;
     });

@@ -384,6 +384,12 @@ void pack_panels(MatrixView<const Source> source, Scalar factor, Scalar* to, Ind
   });
 }
 
+/// An entry of a result, set to a number or added to.
+template <Store mode, class Scalar, class Result>
+SURFATTN_ALWAYS_INLINE void write_entry(Scalar number, Result& entry) {
+  entry = static_cast<Result>(mode == Store::set ? number : static_cast<Scalar>(entry) + number);
+}
+
 /// Row `row` of a result, set to factor·from or added to.
 template <Store mode, class Scalar, class Result>
 void write_row(const Scalar* from, Scalar factor, MatrixView<Result> to, Index row) {
@@ -395,34 +401,25 @@ void write_row(const Scalar* from, Scalar factor, MatrixView<Result> to, Index r
     store_as<Scalar>(out + c,
                      mode == Store::set ? product : add(load_as<Scalar>(out + c), product));
   }
-  for (; c < to.cols; ++c) {
-    Result& entry = out[c * to.col_stride];
-    const Scalar product = factor * from[c];
-    entry =
-        static_cast<Result>(mode == Store::set ? product : static_cast<Scalar>(entry) + product);
-  }
+  for (; c < to.cols; ++c) write_entry<mode>(factor * from[c], out[c * to.col_stride]);
 }
 
 /// `to.rows` rows of a result, set to factor(i)·from or added to, from rows that are `stride` apart. A
 /// result that is stored by columns is written by columns, a line of each at a time.
 template <Store mode, class Scalar, class Result, class Factor>
 void write_rows(const Scalar* from, Index stride, MatrixView<Result> to, const Factor& factor) {
+  if (!to.is_stored_by_columns()) {
+    for (Index i = 0; i < to.rows; ++i) write_row<mode>(from + i * stride, factor(i), to, i);
+    return;
+  }
   constexpr Index most = line<Result>;
-  for (Index first = 0, count; first < to.rows; first += count) {
-    count = to.is_stored_by_columns() ? std::min(most, to.rows - first) : 1;
-    if (count == 1) {
-      write_row<mode>(from + first * stride, factor(first), to, first);
-      continue;
-    }
-    Scalar factors[most];
+  Scalar factors[most];
+  for (Index first = 0; first < to.rows; first += most) {
+    const Index count = std::min(most, to.rows - first);
     for (Index i = 0; i < count; ++i) factors[i] = factor(first + i);
     for (Index c = 0; c < to.cols; ++c) {
-      for (Index i = 0; i < count; ++i) {
-        const Scalar product = factors[i] * from[(first + i) * stride + c];
-        Result& entry = to(first + i, c);
-        entry = static_cast<Result>(mode == Store::set ? product
-                                                       : static_cast<Scalar>(entry) + product);
-      }
+      for (Index i = 0; i < count; ++i)
+        write_entry<mode>(factors[i] * from[(first + i) * stride + c], to(first + i, c));
     }
   }
 }

@@ -117,10 +117,7 @@ void store_row(const Scalar* row, Target* target, Index stride, Index count) {
     const auto x = load(row + j);
     store_as<Scalar>(target + j, mode == Store::set ? x : add(load_as<Scalar>(target + j), x));
   }
-  for (; j < count; ++j) {
-    Target& entry = target[j * stride];
-    entry = static_cast<Target>(mode == Store::set ? row[j] : static_cast<Scalar>(entry) + row[j]);
-  }
+  for (; j < count; ++j) write_entry<mode>(row[j], target[j * stride]);
 }
 
 }  // namespace surfattn::detail::simd
