@@ -65,7 +65,7 @@ class TrainableTerm {
  protected:
   void check_gradient_shape(const Require& require, const char* name) const {
     if (!wants_gradient() || extent(gradient_) == parameter_extent()) return;
-    require.shape((std::string("the gradient of ") + name).c_str(), extent(gradient_),
+    require.shape(std::string("the gradient of ").append(name).c_str(), extent(gradient_),
                   parameter_extent(), "the shape of its parameters");
   }
 
