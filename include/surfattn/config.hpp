@@ -35,3 +35,23 @@
 #define SURFATTN_UNROLL
 #define SURFATTN_UNROLL_TWICE
 #endif
+
+/// Whether the target is one of Intel's cores from Sapphire Rapids on, by what they alone have so far.
+#if defined(__AVX512FP16__)
+#define SURFATTN_TARGETS_INTEL_AVX512 1
+#else
+#define SURFATTN_TARGETS_INTEL_AVX512 0
+#endif
+
+/// Whether bfloat16 are multiplied as they are, by the target's dot instruction (vdpbf16ps), instead of
+/// as floats: 1 or 0, by default where that is the faster way. AMD's Zen 4 does two of these instructions
+/// a cycle where it does two of floats, and so twice the work; Intel's cores one every other cycle, and
+/// so half. The weights are then rounded to bfloat16 too. To choose, define it, alike in all files of a
+/// program.
+#ifndef SURFATTN_BFLOAT16_DOT_PRODUCTS
+#if defined(__AVX512BF16__) && !SURFATTN_TARGETS_INTEL_AVX512
+#define SURFATTN_BFLOAT16_DOT_PRODUCTS 1
+#else
+#define SURFATTN_BFLOAT16_DOT_PRODUCTS 0
+#endif
+#endif

@@ -139,7 +139,7 @@ class StreamTask {
 
   /// All keys are one run: each head is finished and written before the next.
   void run_once(const SoftmaxRows<Accumulator>& outs, const ForwardOutputs<Scalar>& outputs) {
-    const bool asks_ahead = takes_blocks() && !batch_is_cached();
+    const bool asks_ahead = simd::asks_for_next_head && takes_blocks() && !batch_is_cached();
     for (Index head = 0; head < shape_.key_value_heads; ++head) {
       if (asks_ahead) look_ahead_to_head(head + 1, outputs.out);
       outs.softmax.reset(rows_);

@@ -490,7 +490,7 @@ struct sum_of<BFloat16Pair> {
 template <class Element>
 using sum_t = typename sum_of<Element>::type;
 
-#if defined(__AVX512BF16__) && defined(EIGEN_VECTORIZE_AVX512)
+#if SURFATTN_BFLOAT16_DOT_PRODUCTS && defined(__AVX512BF16__) && defined(EIGEN_VECTORIZE_AVX512)
 
 inline constexpr bool multiplies_pairs = true;
 
