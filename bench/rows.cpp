@@ -80,6 +80,18 @@ std::function<Comparison()> surface_against_standard(Case c, Pass pass, Form for
   };
 }
 
+/// Scores so far from each other that most weights are too small to be normal, or 0, against usual ones.
+std::function<Comparison()> of_far_scores(Pass pass) {
+  return [=]() -> Comparison {
+    const auto far = Problem<float>::make(square(2048, 64)),
+               usual = Problem<float>::make(square(2048, 64));
+    far->data().queries *= 100;
+    if (pass == Pass::forward)
+      return {far->forward(Form::standard), usual->forward(Form::standard)};
+    return {far->backward(Form::standard), usual->backward(Form::standard)};
+  };
+}
+
 Executor& two_threads() {
   static ThreadPool pool(2);
   return pool;
@@ -203,6 +215,8 @@ std::vector<Row> all_rows() {
   add_peak_rows<double>(rows, "double", Pass::backward, 0, 0);
   add_mask_rows<CausalMask>(rows, 1 / 1.08);
   add_mask_rows<WindowMask>(rows, 0);
+  rows.push_back({"far-scores-forward", "usual scores", 0.95, of_far_scores(Pass::forward)});
+  rows.push_back({"far-scores-backward", "usual scores", 0.95, of_far_scores(Pass::backward)});
   add_form_rows(rows);
   add_narrow_rows<Eigen::bfloat16>(rows, "bfloat16", detail::simd::multiplies_pairs ? 1.7 : 0);
   add_narrow_rows<Eigen::half>(rows, "half", 0);

@@ -55,3 +55,10 @@
 #define SURFATTN_BFLOAT16_DOT_PRODUCTS 0
 #endif
 #endif
+
+/// Whether subnormal numbers count as zeros while a call runs, where the target is x86: 1, or 0 to keep
+/// them, at up to six times the time where weights are that small (see detail/subnormals.hpp). Define it
+/// alike in all files of a program.
+#ifndef SURFATTN_SUBNORMALS_AS_ZEROS
+#define SURFATTN_SUBNORMALS_AS_ZEROS 1
+#endif

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <surfattn/detail/subnormals.hpp>
 #include <surfattn/types.hpp>
 #include <type_traits>
 
@@ -69,8 +70,12 @@ template <class Work>
 void share_items(Executor* executor, Index worker_count, const Work& work) {
   std::atomic<Index> next{0};
   const auto take = [&next] { return next.fetch_add(1, std::memory_order_relaxed); };
-  if (!executor || worker_count == 1) return work(Index(0), take);
-  executor->run(worker_count, [&](Index worker) { work(worker, take); });
+  const auto run = [&](Index worker) {
+    const SubnormalsAsZeros mode;
+    work(worker, take);
+  };
+  if (!executor || worker_count == 1) return run(0);
+  executor->run(worker_count, run);
 }
 
 }  // namespace detail

@@ -337,7 +337,9 @@ void check_odd_sizes(double most_products) {
   std::mt19937_64 random = seeded_random();
   int turn = 0;
   for (const Sizes& s : odd_sizes(random, most_products)) {
-    const Problem<Scalar> problem(s, random);
+    Problem<Scalar> problem(s, random);
+    // Most weights are then too small to be normal, or 0. The reference loses digits to such scores.
+    if (turn % 4 == 3 && !std::is_same_v<Scalar, High>) problem.queries *= Scalar(24);
     const MaskKind mask = all_masks[turn % std::size(all_masks)];
     const PriorKind prior = PriorKind(turn / 2 % 3);
     const Loss loss = Loss(turn / 3 % 2);

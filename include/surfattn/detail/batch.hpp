@@ -8,6 +8,7 @@
 #include <surfattn/detail/forward_engine.hpp>
 #include <surfattn/detail/operands.hpp>
 #include <surfattn/detail/stream_engine.hpp>
+#include <surfattn/detail/subnormals.hpp>
 #include <surfattn/detail/work_plan.hpp>
 #include <surfattn/executor.hpp>
 #include <surfattn/workspace.hpp>
@@ -104,6 +105,7 @@ void forward(const Operands<Scalar>& batch, const Bind& bind, const Planner& pla
                     });
   });
   if (plan.shared_bytes == 0) return;
+  const SubnormalsAsZeros mode;
   for_each_sequence(
       batch.shape, planner, Arena(workspace), [&](const auto& sequence, Arena shared) {
         finish_forward(batch.of_sequence(sequence.shape.sequence), bind(sequence.shape), sequence,
@@ -137,6 +139,7 @@ void backward(const Operands<Scalar>& batch, const Bind& bind, const Planner& pl
                                plan.arena_of(workspace, worker), items);
                     });
   });
+  const SubnormalsAsZeros mode;
   for_each_sequence(
       batch.shape, planner, Arena(workspace), [&](const auto& sequence, Arena shared) {
         const auto operands = batch.of_sequence(sequence.shape.sequence);
