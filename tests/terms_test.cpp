@@ -63,9 +63,18 @@ TEST_CASE("the hyperbolic tangent of SoftCap is right to 4 ulp, and keeps infini
 
 TEST_CASE("Philox4x32-10 gives the numbers that its authors publish") {
   const auto block = [](std::array<std::uint32_t, 4> c, detail::PhiloxKey key) {
-    std::uint32_t words[4][1] = {{c[0]}, {c[1]}, {c[2]}, {c[3]}};
-    detail::philox(key, words);
-    return std::array<std::uint32_t, 4>{words[0][0], words[1][0], words[2][0], words[3][0]};
+    // the same counter in every lane, beside whatever stands in the upper halves
+    detail::WordLanes words[4];
+    for (std::size_t w = 0; w < 4; ++w)
+      words[w] = detail::WordLanes{} + (0x123456789abcdef0u << 32 | c[w]);
+    detail::philox(detail::PhiloxKeys(key), words);
+    std::uint32_t stored[4 * detail::word_lanes];
+    detail::store_words(stored, words);
+    std::array<std::uint32_t, 4> first;
+    std::copy(stored, stored + 4, first.begin());
+    for (int n = 1; n < detail::word_lanes; ++n)
+      CHECK(std::equal(stored, stored + 4, stored + 4 * n));
+    return first;
   };
   const std::uint32_t ones = 0xffffffffu;
   const std::array<std::uint32_t, 4> of_zeros{0x6627e8d5u, 0xe169c58du, 0xbc57ac4cu, 0x9b00dbd8u},

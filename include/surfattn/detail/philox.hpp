@@ -4,30 +4,83 @@
 
 #include <array>
 #include <cstdint>
-#include <surfattn/types.hpp>
+#include <surfattn/detail/simd/packet.hpp>
 
 namespace surfattn::detail {
 
+/// 32-bit words in the lower halves of 64-bit lanes, where products find them and have room; what the
+/// upper halves hold does not count. As many as fill a vector of the target.
+typedef std::uint64_t WordLanes __attribute__((vector_size(sizeof(simd::Packet<double>))));
+inline constexpr int word_lanes = sizeof(WordLanes) / sizeof(std::uint64_t);
+
+/// 0, 1, 2, …
+SURFATTN_ALWAYS_INLINE WordLanes lane_numbers() {
+  return []<int... I>(simd::int_sequence<I...>) { return WordLanes{I...}; }
+  (simd::int_sequence_up_to<word_lanes>());
+}
+
+/// The whole products of the words.
+SURFATTN_ALWAYS_INLINE WordLanes multiply_words(const WordLanes& a, const WordLanes& b) {
+#if defined(EIGEN_VECTORIZE_AVX512)
+  return __builtin_bit_cast(
+      WordLanes, _mm512_mul_epu32(__builtin_bit_cast(__m512i, a), __builtin_bit_cast(__m512i, b)));
+#elif defined(EIGEN_VECTORIZE_AVX2)
+  return __builtin_bit_cast(
+      WordLanes, _mm256_mul_epu32(__builtin_bit_cast(__m256i, a), __builtin_bit_cast(__m256i, b)));
+#elif defined(EIGEN_VECTORIZE_SSE2) && !defined(EIGEN_VECTORIZE_AVX)
+  return __builtin_bit_cast(
+      WordLanes, _mm_mul_epu32(__builtin_bit_cast(__m128i, a), __builtin_bit_cast(__m128i, b)));
+#else
+  constexpr std::uint64_t word = 0xffffffffu;
+  return (a & word) * (b & word);
+#endif
+}
+
 using PhiloxKey = std::array<std::uint32_t, 2>;
+
+inline constexpr int philox_rounds = 10;
+
+/// The keys of all rounds.
+struct PhiloxKeys {
+  std::uint64_t of_round[philox_rounds][2];
+
+  explicit PhiloxKeys(PhiloxKey key) {
+    for (auto& round : of_round) {
+      round[0] = key[0], round[1] = key[1];
+      key[0] += 0x9E3779B9u;
+      key[1] += 0xBB67AE85u;
+    }
+  }
+};
 
 /// Philox4x32-10 (Salmon, Moraes, Dror and Shaw 2011, "Parallel random numbers: as easy as 1, 2, 3"):
 /// a bijection of 128-bit counters for each 64-bit key, whose outputs pass all statistical tests
-/// known then. `count` counters at a time, in place: word w of counter n is counters[w][n].
-template <Index count>
-void philox(PhiloxKey key, std::uint32_t (&counters)[4][count]) {
-  constexpr std::uint64_t multipliers[] = {0xD2511F53u, 0xCD9E8D57u};
-  for (int round = 0; round < 10; ++round) {
-    for (Index n = 0; n < count; ++n) {
-      const std::uint64_t first = multipliers[0] * counters[0][n],
-                          second = multipliers[1] * counters[2][n];
-      counters[0][n] = static_cast<std::uint32_t>(second >> 32) ^ counters[1][n] ^ key[0];
-      counters[1][n] = static_cast<std::uint32_t>(second);
-      counters[2][n] = static_cast<std::uint32_t>(first >> 32) ^ counters[3][n] ^ key[1];
-      counters[3][n] = static_cast<std::uint32_t>(first);
-    }
-    key[0] += 0x9E3779B9u;
-    key[1] += 0xBB67AE85u;
+/// known then. Several counters at a time, in place: word w of counter n is lane n of counters[w].
+SURFATTN_ALWAYS_INLINE void philox(const PhiloxKeys& keys, WordLanes (&counters)[4]) {
+  const WordLanes multipliers[] = {WordLanes{} + 0xD2511F53u, WordLanes{} + 0xCD9E8D57u};
+  for (const auto& key : keys.of_round) {
+    const WordLanes first = multiply_words(counters[0], multipliers[0]),
+                    second = multiply_words(counters[2], multipliers[1]);
+    counters[0] = (second >> 32) ^ counters[1] ^ key[0];
+    counters[1] = second;
+    counters[2] = (first >> 32) ^ counters[3] ^ key[1];
+    counters[3] = first;
   }
+}
+
+/// The words of every counter side by side, one counter after the other.
+SURFATTN_ALWAYS_INLINE void store_words(std::uint32_t* to, const WordLanes (&words)[4]) {
+  constexpr std::uint64_t word = 0xffffffffu;
+  const WordLanes pairs[] = {(words[0] & word) | words[1] << 32,
+                             (words[2] & word) | words[3] << 32};
+  [&]<int... I>(simd::int_sequence<I...>) {
+    constexpr int n = word_lanes;
+    const WordLanes counters[] = {
+        __builtin_shufflevector(pairs[0], pairs[1], (I / 2 + I % 2 * n)...),
+        __builtin_shufflevector(pairs[0], pairs[1], ((I + n) / 2 + I % 2 * n)...)};
+    __builtin_memcpy(to, counters, sizeof counters);
+  }
+  (simd::int_sequence_up_to<word_lanes>());
 }
 
 }  // namespace surfattn::detail

@@ -20,39 +20,48 @@ struct BoundDropout {
   double scale;             ///< 1/(1 − p)
   std::uint32_t sequence;
 
+  /// Never inlined: a compiler that has run out of registers would keep the words in memory.
   template <class Accumulator>
-  void factors(const Position& first, Index keys, Accumulator* out) const {
+  SURFATTN_NEVER_INLINE void factors(const Position& first, Index keys, Accumulator* out) const {
     if (threshold == 0) return std::fill(out, out + keys, Accumulator(1));
-    Accumulator numbers[4 * blocks];
+    const PhiloxKeys round_keys(philox_key);
+    std::uint32_t words[at_a_time];
+    Accumulator factors[at_a_time];
     for (Index done = 0; done < keys;) {
       const Index key = first.key + done, skipped = key % 4;
-      factors_of_blocks({first.head, first.query, key / 4}, numbers);
-      const Index count = std::min(4 * blocks - skipped, keys - done);
-      std::copy(numbers + skipped, numbers + skipped + count, out + done);
+      store_words_of_blocks(round_keys, {first.head, first.query, key / 4}, words);
+      const Index count = std::min(at_a_time - skipped, keys - done);
+      const bool all = count == at_a_time;
+      to_factors(words, all ? out + done : factors);
+      if (!all) std::copy(factors + skipped, factors + skipped + count, out + done);
       done += count;
     }
   }
 
  private:
-  static constexpr Index blocks = 16;  ///< at a time, in the lanes of vectors
+  static constexpr Index blocks = 16, at_a_time = 4 * blocks;
 
-  /// The factors of four keys for each of the blocks from `first.key` on.
-  template <class Accumulator>
-  void factors_of_blocks(const Position& first, Accumulator (&factors)[4 * blocks]) const {
-    std::uint32_t words[4][blocks];
-    for (Index n = 0; n < blocks; ++n) {
-      words[0][n] = static_cast<std::uint32_t>(first.key + n);
-      words[1][n] = static_cast<std::uint32_t>(first.query);
-      words[2][n] = static_cast<std::uint32_t>(first.head);
-      words[3][n] = sequence;
+  /// The words of the blocks from `first.key` on.
+  SURFATTN_ALWAYS_INLINE void store_words_of_blocks(const PhiloxKeys& round_keys,
+                                                    const Position& first,
+                                                    std::uint32_t (&words)[at_a_time]) const {
+    const auto all = [](auto number) { return WordLanes{} + static_cast<std::uint64_t>(number); };
+    for (Index n = 0; n < blocks; n += word_lanes) {
+      WordLanes counters[] = {all(first.key + n) + lane_numbers(), all(first.query),
+                              all(first.head), all(sequence)};
+      philox(round_keys, counters);
+      store_words(words + 4 * n, counters);
     }
-    philox(philox_key, words);
-    const auto kept = static_cast<Accumulator>(scale);
+  }
+
+  template <class Accumulator>
+  SURFATTN_ALWAYS_INLINE void to_factors(const std::uint32_t (&words)[at_a_time],
+                                         Accumulator* factors) const {
+    const auto kept = simd::broadcast(static_cast<Accumulator>(scale));
     const auto last_dropped = static_cast<std::uint32_t>(threshold - 1);
-    for (Index n = 0; n < blocks; ++n) {
-      SURFATTN_UNROLL
-      for (Index w = 0; w < 4; ++w)
-        factors[4 * n + w] = words[w][n] <= last_dropped ? Accumulator(0) : kept;
+    for (Index n = 0; n < at_a_time; n += simd::lanes<Accumulator>) {
+      simd::store_unaligned(factors + n,
+                            simd::zero_unless_above<Accumulator>(words + n, last_dropped, kept));
     }
   }
 };
@@ -96,9 +105,10 @@ struct Dropout {
   detail::PhiloxKey key() const {
     const auto low = [](std::uint64_t x) { return static_cast<std::uint32_t>(x); };
     const auto high = [](std::uint64_t x) { return static_cast<std::uint32_t>(x >> 32); };
-    std::uint32_t block[4][1] = {{low(offset)}, {high(offset)}, {0}, {0}};
-    detail::philox({low(seed), high(seed)}, block);
-    return {block[0][0], block[1][0]};
+    detail::WordLanes block[4] = {};
+    block[0][0] = low(offset), block[1][0] = high(offset);
+    detail::philox(detail::PhiloxKeys({low(seed), high(seed)}), block);
+    return {low(block[0][0]), low(block[1][0])};
   }
 };
 

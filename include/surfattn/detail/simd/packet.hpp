@@ -290,6 +290,25 @@ SURFATTN_ALWAYS_INLINE Packet<Scalar> select(const std::uint8_t* bytes, Packet<S
   }
 }
 
+/// Lane by lane: x where the word exceeds `last`, and else 0.
+template <class Scalar>
+SURFATTN_ALWAYS_INLINE Packet<Scalar> zero_unless_above(const std::uint32_t* words,
+                                                        std::uint32_t last, Packet<Scalar> x) {
+  if constexpr (lanes<Scalar> == 1) {
+    return *words > last ? x : Scalar(0);
+  } else {
+    using Integer = std::conditional_t<sizeof(Scalar) == 4, std::uint32_t, std::uint64_t>;
+    typedef std::uint32_t Words
+        __attribute__((vector_size(4 * static_cast<std::size_t>(lanes<Scalar>))));
+    typedef Integer Integers __attribute__((vector_size(sizeof(Packet<Scalar>))));
+    Words narrow;
+    __builtin_memcpy(&narrow, words, sizeof narrow);
+    const auto above = __builtin_convertvector(narrow, Integers) > Integer(last);
+    return __builtin_bit_cast(
+        Packet<Scalar>, __builtin_bit_cast(Integers, x) & __builtin_bit_cast(Integers, above));
+  }
+}
+
 /// The first `count` lanes of x, and `otherwise` in the rest.
 template <class Scalar>
 SURFATTN_ALWAYS_INLINE Packet<Scalar> first_lanes(Packet<Scalar> x, Index count, Scalar otherwise) {
