@@ -115,6 +115,7 @@ struct DistanceBuckets {
     const Index first = bidirectional && distance > 0 ? per_side : 0;
     const Index steps = bidirectional ? std::abs(distance) : std::max<Index>(0, -distance);
     if (steps < exact) return first + steps;
+    if (steps >= max_distance) return first + per_side - 1;
     const double growth = std::log(static_cast<double>(steps) / static_cast<double>(exact)) /
                           std::log(static_cast<double>(max_distance) / static_cast<double>(exact));
     const auto beyond = static_cast<Index>(growth * static_cast<double>(per_side - exact));

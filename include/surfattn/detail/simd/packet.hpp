@@ -270,6 +270,30 @@ SURFATTN_ALWAYS_INLINE Packet<Scalar> zero_where_zero(Packet<Scalar> a, Packet<S
   }
 }
 
+/// For as many bytes, 0 or 1, as a packet has lanes: integers of the size of its numbers, with all bits
+/// where the byte is 0 and none where it is 1. In steps that double the size, which GCC has instructions
+/// for; longer ones it takes lane by lane.
+template <class Scalar>
+SURFATTN_ALWAYS_INLINE auto bits_where_zero(const std::uint8_t* bytes) {
+  using Integer = std::conditional_t<sizeof(Scalar) == 4, std::uint32_t, std::uint64_t>;
+  typedef Integer Integers __attribute__((vector_size(sizeof(Packet<Scalar>))));
+  if constexpr (lanes<Scalar> == 4) {
+    std::uint32_t all;
+    __builtin_memcpy(&all, bytes, sizeof all);
+    const Integers of_lane = (Integers{} + all) & Integers{0xff, 0xff00, 0xff0000, 0xff000000};
+    return __builtin_bit_cast(Integers, of_lane == 0);
+  } else {
+    typedef std::uint8_t Bytes
+        __attribute__((vector_size(static_cast<std::size_t>(lanes<Scalar>))));
+    using Halves = typename integers<Scalar, 2>::type;
+    using Words = typename integers<Scalar, 4>::type;
+    Bytes narrow;
+    __builtin_memcpy(&narrow, bytes, sizeof narrow);
+    const auto words = __builtin_convertvector(__builtin_convertvector(narrow, Halves), Words);
+    return __builtin_convertvector(words, Integers) - 1;
+  }
+}
+
 /// Lane by lane: x where the byte is 1, and `otherwise` where it is 0.
 template <class Scalar>
 SURFATTN_ALWAYS_INLINE Packet<Scalar> select(const std::uint8_t* bytes, Packet<Scalar> x,
@@ -277,13 +301,8 @@ SURFATTN_ALWAYS_INLINE Packet<Scalar> select(const std::uint8_t* bytes, Packet<S
   if constexpr (lanes<Scalar> == 1) {
     return *bytes ? x : otherwise;
   } else {
-    using Integer = std::conditional_t<sizeof(Scalar) == 4, std::uint32_t, std::uint64_t>;
-    typedef std::uint8_t Bytes
-        __attribute__((vector_size(static_cast<std::size_t>(lanes<Scalar>))));
-    typedef Integer Integers __attribute__((vector_size(sizeof(Packet<Scalar>))));
-    Bytes narrow;
-    __builtin_memcpy(&narrow, bytes, sizeof narrow);
-    const Integers without = __builtin_convertvector(narrow, Integers) - 1;  // all bits for 0
+    const auto without = bits_where_zero<Scalar>(bytes);
+    using Integers = std::remove_const_t<decltype(without)>;
     return __builtin_bit_cast(Packet<Scalar>,
                               (__builtin_bit_cast(Integers, x) & ~without) |
                                   (__builtin_bit_cast(Integers, otherwise) & without));
