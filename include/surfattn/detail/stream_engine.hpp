@@ -139,9 +139,9 @@ class StreamTask {
 
   /// All keys are one run: each head is finished and written before the next.
   void run_once(const SoftmaxRows<Accumulator>& outs, const ForwardOutputs<Scalar>& outputs) {
-    const bool asks_ahead = simd::asks_for_next_head && takes_blocks() && !batch_is_cached();
+    const bool asks = asks_ahead() && !batch_is_cached();
     for (Index head = 0; head < shape_.key_value_heads; ++head) {
-      if (asks_ahead) look_ahead_to_head(head + 1, outputs.out);
+      if (asks) look_ahead_to_head(head + 1, outputs.out);
       outs.softmax.reset(rows_);
       const Coverage coverage = coverage_of_all(head, 0, shape_.keys);
       if (coverage != Coverage::empty) {
@@ -158,17 +158,20 @@ class StreamTask {
     const Index end = first_key + keys;
     for (Index key = first_key, count; key < end; key += count) {
       count = operands_.run_of_keys(key, std::min(run, end - key));
-      if (takes_blocks()) look_ahead_to_run(key + count, std::min(run, end - key - count), count);
-      const Index heads = takes_blocks() ? 1 : shape_.key_value_heads;
+      if (asks_ahead()) look_ahead_to_run(key + count, std::min(run, end - key - count), count);
+      const Index heads = asks_ahead() ? 1 : shape_.key_value_heads;
       for (Index head = 0; head < shape_.key_value_heads; head += heads)
         visit_run({head, head + heads}, key, count, outs);
     }
   }
 
  private:
-  /// Whether queries are taken several at a time. They then take longer than the memory of their keys
-  /// and ask for it ahead; single ones leave that to the hardware.
+  /// Whether queries are taken several at a time.
   bool takes_blocks() const { return simd::rows_in_blocks(rows_) > 0; }
+
+  /// Whether they ask for memory, head by head; else that is left to the hardware, which wants the rows
+  /// of all heads in the order in which they lie.
+  bool asks_ahead() const { return simd::blocks_ask_ahead && takes_blocks(); }
 
   /// The next run comes from memory while one is computed, for all heads.
   void look_ahead_to_run(Index first_key, Index wanted, Index keys) {
@@ -247,16 +250,16 @@ class StreamTask {
     }
   }
 
-  /// Calls use(head, count_of_heads, first, count) for the keys [first, first + count) of a run. With
-  /// one or few queries as many tokens at a time as leave the first-level cache room for their rows of
-  /// all heads; more of them spend their time on sums, which long steps save from being stored.
+  /// Calls use(head, count_of_heads, first, count) for the keys [first, first + count) of a run: as many
+  /// tokens at a time as leave the first-level cache room for their rows of all heads, or, where these
+  /// are asked for, all, which saves sums from being stored.
   template <class Use>
   void each_step(Heads heads, Index keys, const Use& use) const {
     constexpr Index budget = (Index(1) << 15) / static_cast<Index>(sizeof(Scalar));
     const Index fewest = operands_.keys.is_stored_by_columns() ? simd::line<Scalar> : 8;
     const Index width = shape_.key_value_heads * std::max(shape_.head_dim, shape_.value_dim);
     const Index few = std::max(fewest, budget / std::max<Index>(width, 1) / fewest * fewest);
-    const Index step = takes_blocks() ? keys : few;
+    const Index step = asks_ahead() ? keys : few;
     for (Index first = 0; first < keys; first += step) {
       const Index count = std::min(step, keys - first);
       each_group_in_sight(heads, [&](Index head, Index count_of_heads) {
