@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cmath>
-#include <cstdint>
 #include <iterator>
 #include <limits>
 #include <surfattn/detail/simd/packet.hpp>
@@ -38,6 +37,14 @@ inline constexpr double exp2_polynomial<double, 16>[] = {
     6.93147180559946888661e-1, 2.40226506959101670311e-1, 5.55041086519545801776e-2,
     9.61812910205344514350e-3, 1.33338202329091338943e-3, 1.54042117284551468903e-4};
 
+/// 2ⁿ; a long double has digits for more than an integer holds.
+template <class Scalar>
+constexpr Scalar two_to_the(int n) {
+  Scalar power(1);
+  for (; n > 0; --n) power *= 2;
+  return power;
+}
+
 /// The integer that `exp2` takes from the exponents, at most `exp2_origin_limit` in magnitude.
 ///
 /// Adding 1.5·2^(digits − 1)/steps to a number rounds it to a multiple of 1/steps that stands in its
@@ -51,8 +58,7 @@ struct Exp2Origin {
   SURFATTN_ALWAYS_INLINE explicit Exp2Origin(Scalar origin) {
     using Limits = std::numeric_limits<Scalar>;
     constexpr Scalar bias = Scalar(Limits::max_exponent - 1);
-    constexpr Scalar rounding =
-        Scalar(3) * Scalar(std::uint64_t(1) << (Limits::digits - 2)) / exp2_steps<Scalar>;
+    constexpr Scalar rounding = 3 * two_to_the<Scalar>(Limits::digits - 2) / exp2_steps<Scalar>;
     addend = broadcast(lanes<Scalar> == 1 ? -origin : rounding + bias - origin);
     smallest = broadcast(origin - bias);
   }
@@ -61,7 +67,7 @@ struct Exp2Origin {
 /// Up to here the addend of an Exp2Origin is exact.
 template <class Scalar>
 inline constexpr Scalar exp2_origin_limit =
-    Scalar(std::uint64_t(1) << (std::numeric_limits<Scalar>::digits - 3)) / exp2_steps<Scalar>;
+    two_to_the<Scalar>(std::numeric_limits<Scalar>::digits - 3) / exp2_steps<Scalar>;
 
 /// 2^(x − origin) for x − origin ≤ 127 (float) or 1023 (double): a softmax takes it of scores, less
 /// a number that none of them passes.
