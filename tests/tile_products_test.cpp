@@ -56,7 +56,8 @@ TEMPLATE_TEST_CASE("tile products are those of plain loops", "", float, double) 
   auto random = surfattn::test::seeded_random();
   const Index panel = simd::panel_width<Scalar>, kernel = simd::kernel_rows;
   for (const Index rows : {Index(1), kernel - 1, kernel, 2 * kernel + 3}) {
-    for (const Index cols : {Index(0), Index(1), panel, panel + 1, 3 * panel - 1}) {
+    for (const Index cols :
+         {Index(0), Index(1), panel / 2, panel / 2 + 1, panel, panel + 1, 3 * panel - 1}) {
       for (const Index depth : {0, 1, 7, 127, 128, 129, 300}) {
         INFO(rows << " x " << depth << " by " << depth << " x " << cols);
         const Matrix<Scalar> a = whole_numbers<Scalar>(rows, depth, random),

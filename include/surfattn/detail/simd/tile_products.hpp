@@ -118,26 +118,26 @@ struct Tile {
 };
 
 /// Asks for what the next kernel will add to.
-template <int Rows, class Scalar>
+template <int Rows, int Packets, class Scalar>
 SURFATTN_ALWAYS_INLINE void prefetch_accumulators(const Tile<Scalar>& c) {
   for (int i = 0; i < Rows; ++i) {
-    for (Index j = 0; j < panel_width<Scalar>; j += line<Scalar>) {
+    for (Index j = 0; j < Packets * lanes<Scalar>; j += line<Scalar>) {
       __builtin_prefetch(c.data + i * c.row_stride + j);
     }
   }
 }
 
-/// The accumulators of `Rows` rows of C in one panel.
-template <int Rows, class Element>
+/// The accumulators of `Rows` rows of C in one panel, or in the first packet of it.
+template <int Rows, int Packets, class Element>
 struct Accumulators {
   using Sum = sum_t<Element>;
 
-  Packet<Sum> at[Rows][panel_packets];
+  Packet<Sum> at[Rows][Packets];
 
   /// Every row starts as `bias`, or as 0 where there is none.
   SURFATTN_ALWAYS_INLINE void start(const Sum* bias) {
     SURFATTN_UNROLL
-    for (int p = 0; p < panel_packets; ++p) {
+    for (int p = 0; p < Packets; ++p) {
       const auto first = bias ? load(bias + p * lanes<Sum>) : broadcast(Sum(0));
       SURFATTN_UNROLL
       for (int i = 0; i < Rows; ++i) at[i][p] = first;
@@ -148,8 +148,7 @@ struct Accumulators {
     SURFATTN_UNROLL
     for (int i = 0; i < Rows; ++i) {
       SURFATTN_UNROLL
-      for (int p = 0; p < panel_packets; ++p)
-        at[i][p] = load(c.data + i * c.row_stride + p * lanes<Sum>);
+      for (int p = 0; p < Packets; ++p) at[i][p] = load(c.data + i * c.row_stride + p * lanes<Sum>);
     }
   }
 
@@ -157,8 +156,7 @@ struct Accumulators {
     SURFATTN_UNROLL
     for (int i = 0; i < Rows; ++i) {
       SURFATTN_UNROLL
-      for (int p = 0; p < panel_packets; ++p)
-        store(c.data + i * c.row_stride + p * lanes<Sum>, at[i][p]);
+      for (int p = 0; p < Packets; ++p) store(c.data + i * c.row_stride + p * lanes<Sum>, at[i][p]);
     }
   }
 
@@ -166,7 +164,7 @@ struct Accumulators {
   SURFATTN_ALWAYS_INLINE void scale(Sum factor, const Sum* bias) {
     const auto multiplier = broadcast(factor);
     SURFATTN_UNROLL
-    for (int p = 0; p < panel_packets; ++p) {
+    for (int p = 0; p < Packets; ++p) {
       const auto addend = bias ? load(bias + p * lanes<Sum>) : broadcast(Sum(0));
       SURFATTN_UNROLL
       for (int i = 0; i < Rows; ++i) at[i][p] = multiply_add(at[i][p], multiplier, addend);
@@ -194,14 +192,14 @@ struct Accumulators {
   template <class Left>
   SURFATTN_ALWAYS_INLINE void add_step(Left& left, const Element* a, const Element* b) {
     using Operand = decltype(load_unaligned(b));
-    Operand row[panel_packets];
+    Operand row[Packets];
     SURFATTN_UNROLL
-    for (int p = 0; p < panel_packets; ++p) row[p] = load_unaligned(b + p * lanes<Element>);
+    for (int p = 0; p < Packets; ++p) row[p] = load_unaligned(b + p * lanes<Element>);
     SURFATTN_UNROLL
     for (int i = 0; i < Rows; ++i) {
       const auto factor = left.factor(a, i);
       SURFATTN_UNROLL
-      for (int p = 0; p < panel_packets; ++p) at[i][p] = multiply_add(factor, row[p], at[i][p]);
+      for (int p = 0; p < Packets; ++p) at[i][p] = multiply_add(factor, row[p], at[i][p]);
     }
   }
 };
@@ -225,14 +223,14 @@ SURFATTN_ALWAYS_INLINE void to_next_panel(Panels<Element>& b, Tile<sum_t<Element
   if (finish.bias) finish.bias += panel_width<Element>;
 }
 
-/// `Rows` rows, from `row` on, of one panel of a finished product (Store::set) or of C += A·B
-/// (Store::add).
-template <int Rows, Store store, class Left, class Element>
+/// `Rows` rows, from `row` on, of `Packets` packets of one panel of a finished product (Store::set) or
+/// of C += A·B (Store::add).
+template <int Rows, int Packets, Store store, class Left, class Element>
 SURFATTN_ALWAYS_INLINE void panel_rows(Index row, Index depth, const Left& a, Panels<Element> b,
                                        Tile<sum_t<Element>> c, Finish<Element> finish) {
   constexpr bool has_factor = store == Store::set && !std::is_same_v<Element, sum_t<Element>>;
   c = c.from(row);
-  Accumulators<Rows, Element> accumulators;
+  Accumulators<Rows, Packets, Element> accumulators;
   if constexpr (store == Store::add) {
     accumulators.load_from(c);
   } else {
@@ -249,25 +247,37 @@ SURFATTN_ALWAYS_INLINE void spread_rows(Index row, Index cols, Index depth, cons
                                         Panels<Element> b, Tile<Element> c,
                                         Finish<Element> finish) {
   alignas(64) Element spread[spread_depth * Rows * lanes<Element>];
-  panel_rows<Rows, store>(row, depth, SpreadingOperand<Left, Element>{a, spread}, b, c, finish);
+  panel_rows<Rows, panel_packets, store>(row, depth, SpreadingOperand<Left, Element>{a, spread}, b,
+                                         c, finish);
   for (Index first = panel_width<Element>; first < cols; first += panel_width<Element>) {
     to_next_panel(b, c, finish);
-    panel_rows<Rows, store>(row, depth, SpreadOperand<Rows, Element>{spread}, b, c, finish);
+    panel_rows<Rows, panel_packets, store>(row, depth, SpreadOperand<Rows, Element>{spread}, b, c,
+                                           finish);
   }
 }
 
 /// Goes down the rows of one panel, or, where A is spread, of all panels, from `row` on in steps of
-/// `Rows`, and what remains in steps of half as many.
+/// `Rows`, and what remains in steps of half as many. `cols` columns are left, from this panel on.
 template <int Rows, Store store, class Left, class Element>
 SURFATTN_ALWAYS_INLINE void panel(Index row, Index rows, Index cols, Index depth, const Left& a,
                                   Panels<Element> b, Tile<sum_t<Element>> c,
                                   Finish<Element> finish) {
-  for (; row + Rows <= rows; row += Rows) {
-    if constexpr (broadcasts_by_shuffling<Element>) {
+  constexpr bool spreads = broadcasts_by_shuffling<Element>;
+  const auto step = [&]<int Packets>(std::integral_constant<int, Packets>) {
+    if constexpr (store == Store::add) prefetch_accumulators<Rows, Packets>(c.from(row + Rows));
+    panel_rows<Rows, Packets, store>(row, depth, a, b, c, finish);
+    row += Rows;
+  };
+  // What is set, is set for whole panels; to what pads the columns of a sum nothing needs adding.
+  if constexpr (store == Store::add && Rows == kernel_rows && !spreads) {
+    while (cols <= lanes<Element> && row + Rows <= rows) step(std::integral_constant<int, 1>());
+  }
+  while (row + Rows <= rows) {
+    if constexpr (spreads) {
       spread_rows<Rows, store>(row, cols, depth, a, b, c, finish);
+      row += Rows;
     } else {
-      if constexpr (store == Store::add) prefetch_accumulators<Rows>(c.from(row + Rows));
-      panel_rows<Rows, store>(row, depth, a, b, c, finish);
+      step(std::integral_constant<int, panel_packets>());
     }
   }
   if constexpr (Rows > 1) {
@@ -291,7 +301,7 @@ SURFATTN_NEVER_INLINE void product(Index rows, Index cols, Index depth, const Le
     return;
   }
   for (Index first = 0; first < cols; first += panel_width<Element>) {
-    panel<kernel_rows, store>(0, rows, panel_width<Element>, depth, a, b, c, finish);
+    panel<kernel_rows, store>(0, rows, cols - first, depth, a, b, c, finish);
     to_next_panel(b, c, finish);
   }
 }
