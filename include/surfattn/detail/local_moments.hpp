@@ -65,6 +65,9 @@ struct Moments {
 /// Buffers of one task; over an empty arena, their size.
 template <class Accumulator>
 struct MomentBuffers {
+  /// Keys whose differences from a query's centre are formed together, and stay in a first-level cache.
+  static constexpr Index some_keys = 64;
+
   WeightBuffers<Accumulator> weights;
   Index stride, value_stride;
   Index rows, key_tile;
@@ -75,6 +78,8 @@ struct MomentBuffers {
   Accumulator* value_sums = nullptr;
   Accumulator* value_origins = nullptr;
   bool* has_origin = nullptr;
+  Accumulator* keys;  ///< of the tile at hand, and its values
+  Accumulator* values = nullptr;
   Accumulator* differences;
   Accumulator* weighted;
   Accumulator* value_differences = nullptr;
@@ -89,15 +94,17 @@ struct MomentBuffers {
         has_values(!values_are_keys) {
     centres = arena.take<Accumulator>(rows * stride);
     second = arena.take<Accumulator>(rows * shape.head_dim * stride);
-    differences = arena.take<Accumulator>(key_tile * stride);
-    weighted = arena.take<Accumulator>(key_tile * stride);
+    keys = arena.take<Accumulator>(key_tile * stride);
+    differences = arena.take<Accumulator>(some_keys * stride);
+    weighted = arena.take<Accumulator>(some_keys * stride);
     for (auto& vector : scratch) vector = arena.take<Accumulator>(stride);
     if (!has_values) return;
     cross = arena.take<Accumulator>(rows * shape.head_dim * value_stride);
     value_sums = arena.take<Accumulator>(rows * value_stride);
     value_origins = arena.take<Accumulator>(rows * value_stride);
     has_origin = arena.take<bool>(rows);
-    value_differences = arena.take<Accumulator>(key_tile * value_stride);
+    values = arena.take<Accumulator>(key_tile * value_stride);
+    value_differences = arena.take<Accumulator>(some_keys * value_stride);
   }
 
   /// Queries of one task: so many that their moments stay in a second-level cache.
@@ -137,6 +144,7 @@ class MomentTask {
       if (coverage == Coverage::empty) continue;
       const auto weights = tiles_.weights();
       if (coverage == Coverage::partial) tiles_.hide(weights);
+      load_keys();
       for (Index i = 0; i < queries; ++i) add_keys(i, weights.data + i * weights.row_stride);
     }
     for (Index i = 0; i < queries; ++i)
@@ -176,45 +184,40 @@ class MomentTask {
             {buffers_.scratch[0], buffers_.scratch[1]}};
   }
 
-  /// row − origin, padded with zeros.
-  static void subtract_row(MatrixView<const Scalar> rows, Index row, const Accumulator* origin,
-                           Accumulator* to) {
-    for (Index c = 0; c < simd::padded<Accumulator>(rows.cols); c += simd::lanes<Accumulator>) {
-      simd::store(to + c, simd::subtract(simd::gather<Accumulator>(&rows(row, c), rows.col_stride,
-                                                                   rows.cols - c),
-                                         simd::load(origin + c)));
-    }
+  void load_keys() {
+    simd::pack_rows(tiles_.key_rows(), Accumulator(1), buffers_.keys);
+    if (buffers_.has_values) simd::pack_rows(tiles_.value_rows(), Accumulator(1), buffers_.values);
   }
 
   /// Adds what the tile's keys give to the moments of one query. A key of weight 0, behind a mask
   /// or far away, is left out, whatever it holds.
   void add_keys(Index i, const Accumulator* weights) {
     const Moments<Accumulator> moments = moments_of(i);
-    const auto keys = tiles_.key_rows(), values = tiles_.value_rows();
+    const Index keys = tiles_.tile().keys;
     Index count = 0;
-    for (Index j = 0; j < keys.rows; ++j) {
-      const Accumulator weight = weights[j];
-      if (weight == Accumulator(0)) continue;
-      Accumulator* difference = buffers_.differences + count * moments.stride;
-      Accumulator* weighted = buffers_.weighted + count * moments.stride;
-      subtract_row(keys, j, moments.centre, difference);
-      for (Index c = 0; c < moments.stride; ++c) weighted[c] = weight * difference[c];
-      if (buffers_.has_values) add_value(i, values, j, weight, count);
-      ++count;
+    for (Index j = 0; j < keys; ++j) {
+      if (weights[j] == Accumulator(0)) continue;
+      const Index at = count * moments.stride;
+      simd::subtract_and_scale_rows(buffers_.keys + j * moments.stride, moments.centre, weights[j],
+                                    moments.stride, buffers_.differences + at,
+                                    buffers_.weighted + at);
+      if (buffers_.has_values) add_value(i, j, weights[j], count);
+      if (++count < MomentBuffers<Accumulator>::some_keys) continue;
+      add_products(count, moments);
+      count = 0;
     }
     add_products(count, moments);
   }
 
-  void add_value(Index i, MatrixView<const Scalar> values, Index j, Accumulator weight,
-                 Index count) {
+  void add_value(Index i, Index j, Accumulator weight, Index count) {
     const Moments<Accumulator> moments = moments_of(i);
+    const Accumulator* const value = buffers_.values + j * moments.value_stride;
     if (!buffers_.has_origin[i]) {
-      for (Index c = 0; c < values.cols; ++c)
-        moments.value_origin[c] = static_cast<Accumulator>(values(j, c));
+      std::copy(value, value + moments.value_stride, moments.value_origin);
       buffers_.has_origin[i] = true;
     }
     Accumulator* difference = buffers_.value_differences + count * moments.value_stride;
-    subtract_row(values, j, moments.value_origin, difference);
+    simd::subtract_rows(value, moments.value_origin, moments.value_stride, difference);
     simd::add_scaled_row(difference, weight, moments.value_sum, moments.value_stride);
   }
 

@@ -78,6 +78,25 @@ void scale_row(Scalar* row, Index count, Scalar factor) {
     store(row + c, multiply(load(row + c), multiplier));
 }
 
+/// difference ← a − b over a whole number of panels.
+template <class Scalar>
+void subtract_rows(const Scalar* a, const Scalar* b, Index count, Scalar* difference) {
+  for (Index c = 0; c < count; c += lanes<Scalar>)
+    store(difference + c, subtract(load(a + c), load(b + c)));
+}
+
+/// The same, and scaled ← factor·difference.
+template <class Scalar>
+void subtract_and_scale_rows(const Scalar* a, const Scalar* b, Scalar factor, Index count,
+                             Scalar* difference, Scalar* scaled) {
+  const auto multiplier = broadcast(factor);
+  for (Index c = 0; c < count; c += lanes<Scalar>) {
+    const auto packet = subtract(load(a + c), load(b + c));
+    store(difference + c, packet);
+    store(scaled + c, multiply(packet, multiplier));
+  }
+}
+
 /// totals ← totals + factor·row over a whole number of panels.
 template <class Scalar>
 void add_scaled_row(const Scalar* row, Scalar factor, Scalar* totals, Index count) {
