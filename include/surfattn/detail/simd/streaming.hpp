@@ -191,9 +191,10 @@ inline constexpr bool asks_in_single_head = packets_are_lines;
 inline constexpr bool blocks_ask_ahead = !SURFATTN_TARGETS_INTEL_AVX512;
 
 /// Whether norms of keys are formed beside their products with a single query, while they are on their
-/// way from memory: to read them once more takes longer. Where a line is a packet it holds up less than
-/// the instructions do, of which there are then three to a line in the place of one.
-inline constexpr bool forms_norms_beside_products = !packets_are_lines;
+/// way from memory: to read them once more takes longer. Where a line is a packet there are then three
+/// instructions to a line in the place of one, which hold AMD's cores up longer.
+inline constexpr bool forms_norms_beside_products =
+    !packets_are_lines || SURFATTN_TARGETS_INTEL_AVX512;
 
 /// Asks for what such a query reads soon: rows that follow each other in memory.
 template <bool asks, class Source>
