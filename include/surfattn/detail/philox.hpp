@@ -77,7 +77,7 @@ SURFATTN_ALWAYS_INLINE void store_words(std::uint32_t* to, const WordLanes (&wor
     constexpr int n = word_lanes;
     const WordLanes counters[] = {
         __builtin_shufflevector(pairs[0], pairs[1], (I / 2 + I % 2 * n)...),
-        __builtin_shufflevector(pairs[0], pairs[1], ((I + n) / 2 + I % 2 * n)...)};
+        __builtin_shufflevector(pairs[0], pairs[1], ((I + n) / 2 + (I + n) % 2 * n)...)};
     __builtin_memcpy(to, counters, sizeof counters);
   }
   (simd::int_sequence_up_to<word_lanes>());
