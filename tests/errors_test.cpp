@@ -605,7 +605,7 @@ TEST_CASE("A replaced error handler gets the message, until the one before it is
 
 TEST_CASE("A scale must be usable in the precision of the call", "[errors]") {
   const surfattn::Matrix<float> x = surfattn::Matrix<float>::Ones(3, 2);
-  for (const double bandwidth : {1e-25, 1e25}) {
+  for (const double bandwidth : {1e-25, 1e20, 1e25}) {
     check_error({"scale", "precision of queries"},
                 [&] { surfattn::project(x, x, {.bandwidth = bandwidth}); });
   }

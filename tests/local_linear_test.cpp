@@ -364,8 +364,11 @@ TEST_CASE("local_linear names what is wrong before it writes") {
       contains_text("surfattn::local_linear_forward: ridge must be positive and finite"));
   CHECK_THROWS_WITH(local_linear(q, k, std::numeric_limits<double>::infinity()),
                     contains_text("ridge"));
-  CHECK_THROWS_WITH(local_linear(q.cast<float>(), k.cast<float>(), 1e-60),
-                    contains_text("ridge must be positive and finite in the precision"));
+  for (const double too_small : {1e-60, 1e-40}) {
+    CHECK_THROWS_WITH(
+        local_linear(q.cast<float>(), k.cast<float>(), too_small),
+        contains_text("ridge must be positive, finite and normal in the precision of queries"));
+  }
   CHECK_THROWS_WITH(local_linear(q, k, v, 0.1),
                     contains_text("values must have one row for each key"));
   CHECK_THROWS_WITH(local_linear(q, k, 0.1, {.bandwidth = -1}), contains_text("bandwidth"));

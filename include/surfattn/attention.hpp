@@ -158,8 +158,8 @@ void attention_backward_into(const Queries& queries, const Keys& keys, const Val
 /// LeftColumns of the keys for values. Tokens are rows, heads are blocks of
 /// columns (see Heads). β is options.scale, 1/√d by default. Returns Tq × (Hq·dv). A query that
 /// sees no key gets 0, and so does one all of whose scores are −∞. A NaN or an infinity reaches the
-/// outputs that see it and no other. On x86 subnormal numbers count as 0 while the call runs, on the
-/// threads that run it, unless SURFATTN_SUBNORMALS_AS_ZEROS is defined as 0.
+/// outputs that see it and no other. On x86 subnormal floats and doubles count as 0 while a pass runs,
+/// in functions of terms too, unless SURFATTN_SUBNORMALS_AS_ZEROS is defined as 0.
 ///
 /// A batch is one call: with options.sequences the rows are several sequences, each of which
 /// attends to itself alone and gives the same bits as a call of its own. Terms count queries and

@@ -36,8 +36,13 @@
 #define SURFATTN_UNROLL_TWICE
 #endif
 
-/// Whether the target is one of Intel's cores from Sapphire Rapids on, by what they alone have so far.
-#if defined(__AVX512FP16__)
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "surfattn reads packets of words as bytes and halves: it needs a little-endian target"
+#endif
+
+/// Whether the target is one of Intel's cores from Sapphire Rapids on, by what besides only AMD's Zen 6
+/// has.
+#if defined(__AVX512FP16__) && !defined(__znver6__)
 #define SURFATTN_TARGETS_INTEL_AVX512 1
 #else
 #define SURFATTN_TARGETS_INTEL_AVX512 0
@@ -47,7 +52,7 @@
 /// as floats: 1 or 0, by default where that is the faster way. AMD's Zen 4 does two of these instructions
 /// a cycle where it does two of floats, and so twice the work; Intel's cores one every other cycle, and
 /// so half. The weights are then rounded to bfloat16 too. To choose, define it, alike in all files of a
-/// program.
+/// program; it counts where the target has the instruction.
 #ifndef SURFATTN_BFLOAT16_DOT_PRODUCTS
 #if defined(__AVX512BF16__) && !SURFATTN_TARGETS_INTEL_AVX512
 #define SURFATTN_BFLOAT16_DOT_PRODUCTS 1
@@ -56,9 +61,9 @@
 #endif
 #endif
 
-/// Whether subnormal numbers count as zeros while a call runs, where the target is x86: 1, or 0 to keep
-/// them, at up to six times the time where weights are that small (see detail/subnormals.hpp). Define it
-/// alike in all files of a program.
+/// Whether subnormal floats and doubles count as zeros while a pass runs, where the target is x86: 1, or 0
+/// to keep them (but for what dot instructions take), at up to six times the time where weights are that
+/// small (see detail/subnormals.hpp). Define it alike in all files of a program.
 #ifndef SURFATTN_SUBNORMALS_AS_ZEROS
 #define SURFATTN_SUBNORMALS_AS_ZEROS 1
 #endif

@@ -14,7 +14,8 @@
 #include <type_traits>
 #include <vector>
 
-/// What the passes compute and do not keep, formed by the same code. All functions run on the
+/// What the passes compute and do not keep, formed by the same code. (Weights too small to be normal,
+/// which count as 0 in a pass, show here.) All functions run on the
 /// calling thread, whatever the executor, and allocate their results and O(tile) numbers besides.
 namespace surfattn {
 

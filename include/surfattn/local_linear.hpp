@@ -3,6 +3,7 @@
 #pragma once
 
 #include <surfattn/detail/local_linear_backward.hpp>
+#include <surfattn/detail/subnormals.hpp>
 #include <surfattn/surface.hpp>
 
 /// The projection of surface.hpp is a local constant: it cuts corners where the surface bends and is
@@ -82,8 +83,8 @@ template <class Scalar>
 accumulator_t<Scalar> checked_ridge(double ridge, const Require& require) {
   require.positive("ridge", ridge);
   const auto usable = static_cast<accumulator_t<Scalar>>(ridge);
-  if (!(usable > 0 && std::isfinite(usable)))
-    require.fail("ridge must be positive and finite in the precision of queries");
+  if (!(usable > 0 && std::isnormal(usable)))
+    require.fail("ridge must be positive, finite and normal in the precision of queries");
   return usable;
 }
 
@@ -273,6 +274,7 @@ void run_local_linear_backward(const LocalProblem<Scalar>& problem,
     local_gradients(one, bound, plans.gradients, upstream, of_queries, to.of_sequence(sequence),
                     workspace, executor);
   });
+  const SubnormalsAsZeros mode;
   finish_local_gradients<Chain>(problem, grad_out, adjoints, gradients);
 }
 

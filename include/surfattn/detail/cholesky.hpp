@@ -12,7 +12,7 @@ namespace surfattn::detail {
 /// that its blocked products take.)
 ///
 /// Every pivot, a Schur complement of M + ridge·I, is at least `ridge`; one that rounding has made
-/// smaller is set to that, so that the factor exists for every ridge > 0. A NaN stays.
+/// smaller is set to that, so that the factor exists for every normal ridge > 0. A NaN stays.
 template <class Scalar>
 void factorise(Index size, Scalar* matrix, Index stride, Scalar ridge) {
   using Row = Eigen::Map<const Eigen::Matrix<Scalar, Eigen::Dynamic, 1>>;

@@ -65,8 +65,9 @@ struct Moments {
 /// Buffers of one task; over an empty arena, their size.
 template <class Accumulator>
 struct MomentBuffers {
-  /// Keys whose differences from a query's centre are formed together, and stay in a first-level cache.
-  static constexpr Index some_keys = 64;
+  /// Keys whose differences from a query's centre are formed together: few, so that these stay in a
+  /// cache near by.
+  static constexpr Index keys_at_a_time = 64;
 
   WeightBuffers<Accumulator> weights;
   Index stride, value_stride;
@@ -78,8 +79,8 @@ struct MomentBuffers {
   Accumulator* value_sums = nullptr;
   Accumulator* value_origins = nullptr;
   bool* has_origin = nullptr;
-  Accumulator* keys;  ///< of the tile at hand, and its values
-  Accumulator* values = nullptr;
+  Accumulator* keys;              ///< of the tile at hand
+  Accumulator* values = nullptr;  ///< of these
   Accumulator* differences;
   Accumulator* weighted;
   Accumulator* value_differences = nullptr;
@@ -95,8 +96,8 @@ struct MomentBuffers {
     centres = arena.take<Accumulator>(rows * stride);
     second = arena.take<Accumulator>(rows * shape.head_dim * stride);
     keys = arena.take<Accumulator>(key_tile * stride);
-    differences = arena.take<Accumulator>(some_keys * stride);
-    weighted = arena.take<Accumulator>(some_keys * stride);
+    differences = arena.take<Accumulator>(keys_at_a_time * stride);
+    weighted = arena.take<Accumulator>(keys_at_a_time * stride);
     for (auto& vector : scratch) vector = arena.take<Accumulator>(stride);
     if (!has_values) return;
     cross = arena.take<Accumulator>(rows * shape.head_dim * value_stride);
@@ -104,7 +105,7 @@ struct MomentBuffers {
     value_origins = arena.take<Accumulator>(rows * value_stride);
     has_origin = arena.take<bool>(rows);
     values = arena.take<Accumulator>(key_tile * value_stride);
-    value_differences = arena.take<Accumulator>(some_keys * value_stride);
+    value_differences = arena.take<Accumulator>(keys_at_a_time * value_stride);
   }
 
   /// Queries of one task: so many that their moments stay in a second-level cache.
@@ -202,11 +203,11 @@ class MomentTask {
                                     moments.stride, buffers_.differences + at,
                                     buffers_.weighted + at);
       if (buffers_.has_values) add_value(i, j, weights[j], count);
-      if (++count < MomentBuffers<Accumulator>::some_keys) continue;
+      if (++count < MomentBuffers<Accumulator>::keys_at_a_time) continue;
       add_products(count, moments);
       count = 0;
     }
-    add_products(count, moments);
+    if (count > 0) add_products(count, moments);
   }
 
   void add_value(Index i, Index j, Accumulator weight, Index count) {

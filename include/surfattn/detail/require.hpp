@@ -159,8 +159,8 @@ class Require {
   /// What is finite as an option may not be so in the precision of the call.
   template <class Scalar>
   void usable_scale(Scalar scale, bool positive) const {
-    if (std::isfinite(scale) && (!positive || scale > 0)) return;
-    fail("scale = 1/bandwidth² must be " + std::string(positive ? "positive and " : "") +
+    if (std::isfinite(scale) && (!positive || (scale > 0 && std::isnormal(scale)))) return;
+    fail("scale = 1/bandwidth² must be " + std::string(positive ? "positive, normal and " : "") +
          "finite in the precision of queries, but is " + std::to_string(scale));
   }
 

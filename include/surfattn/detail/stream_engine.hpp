@@ -94,8 +94,8 @@ struct StreamBuffers {
 
 template <class Scalar>
 StreamPlan<Scalar>::StreamPlan(const Shape& sequence) : shape(sequence) {
-  // A run of tokens, keys and values, and the next one stay in the second-level cache; one head's
-  // rows of it in the first-level cache, from which values that are keys are read.
+  // A run of tokens, keys and values, and the next one stay in the second-level cache, and one head's
+  // rows of it fit the first-level cache.
   const Index width = shape.key_value_heads * (shape.head_dim + shape.value_dim);
   constexpr Index first_level = (Index(1) << 15) / static_cast<Index>(sizeof(Accumulator));
   const Index of_head = std::max<Index>(16, first_level / std::max<Index>(shape.head_dim, 1));

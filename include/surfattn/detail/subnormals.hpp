@@ -11,7 +11,8 @@
 namespace surfattn::detail {
 
 /// While it lives, subnormal floats and doubles count as zeros on the thread that made it, as operands
-/// and as results, where the target is x86; then the thread's mode is what it was before.
+/// and as results, where the target is x86; then the thread's mode is what it was before, and its
+/// exception flags are those of both.
 ///
 /// Wherever scores differ by more than 87 (float) or 708 (double), under steep biases and narrow
 /// bandwidths, some weights are that small, and gradients, which are weights times differences, sooner.
@@ -24,7 +25,10 @@ class SubnormalsAsZeros {
     constexpr unsigned flush_to_zero = 1u << 15, denormals_are_zeros = 1u << 6;
     _mm_setcsr(before_ | flush_to_zero | denormals_are_zeros);
   }
-  ~SubnormalsAsZeros() { _mm_setcsr(before_); }
+  ~SubnormalsAsZeros() {
+    constexpr unsigned flags = 0x3f;
+    _mm_setcsr((before_ & ~flags) | (_mm_getcsr() & flags));
+  }
 #else
   SubnormalsAsZeros() {}
 #endif

@@ -268,9 +268,12 @@ SURFATTN_ALWAYS_INLINE void panel(Index row, Index rows, Index cols, Index depth
     panel_rows<Rows, Packets, store>(row, depth, a, b, c, finish);
     row += Rows;
   };
-  // What is set, is set for whole panels; to what pads the columns of a sum nothing needs adding.
+  // To what pads the columns of a sum nothing needs adding. Not for the rows that remain: kernels for
+  // these would take longer to compile than they save.
   if constexpr (store == Store::add && Rows == kernel_rows && !spreads) {
-    while (cols <= lanes<Element> && row + Rows <= rows) step(std::integral_constant<int, 1>());
+    if (cols <= lanes<Element>) {
+      while (row + Rows <= rows) step(std::integral_constant<int, 1>());
+    }
   }
   while (row + Rows <= rows) {
     if constexpr (spreads) {
@@ -315,7 +318,7 @@ void set_product(Index rows, Index cols, Index depth, const Left& a, Panels<Elem
   product<Store::set, Left, Element>(rows, cols, depth, a, b, c, {bias, factor});
 }
 
-/// C += A·B, likewise.
+/// C += A·B, likewise. B is padded with zeros, and so what pads C stays as it is.
 template <class Element, class Left>
 void add_product(Index rows, Index cols, Index depth, const Left& a, Panels<Element> b,
                  Tile<sum_t<Element>> c) {
