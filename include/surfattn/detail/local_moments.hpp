@@ -202,7 +202,7 @@ class MomentTask {
       simd::subtract_and_scale_rows(buffers_.keys + j * moments.stride, moments.centre, weights[j],
                                     moments.stride, buffers_.differences + at,
                                     buffers_.weighted + at);
-      if (buffers_.has_values) add_value(i, j, weights[j], count);
+      if (buffers_.has_values) add_value(i, moments, j, weights[j], count);
       if (++count < MomentBuffers<Accumulator>::keys_at_a_time) continue;
       add_products(count, moments);
       count = 0;
@@ -210,8 +210,8 @@ class MomentTask {
     if (count > 0) add_products(count, moments);
   }
 
-  void add_value(Index i, Index j, Accumulator weight, Index count) {
-    const Moments<Accumulator> moments = moments_of(i);
+  void add_value(Index i, const Moments<Accumulator>& moments, Index j, Accumulator weight,
+                 Index count) {
     const Accumulator* const value = buffers_.values + j * moments.value_stride;
     if (!buffers_.has_origin[i]) {
       std::copy(value, value + moments.value_stride, moments.value_origin);

@@ -8,32 +8,15 @@
 
 namespace surfattn::detail {
 
-/// 32-bit words in the lower halves of 64-bit lanes, where products find them and have room; what the
-/// upper halves hold does not count. As many as fill a vector of the target.
-typedef std::uint64_t WordLanes __attribute__((vector_size(sizeof(simd::Packet<double>))));
-inline constexpr int word_lanes = sizeof(WordLanes) / sizeof(std::uint64_t);
+/// As many counters at a time as a vector has lanes for: each of their words stands in the lower half
+/// of a lane of its own, where products find it and have room.
+using simd::WordLanes;
+inline constexpr int word_lanes = static_cast<int>(simd::lanes<double>);
 
 /// 0, 1, 2, …
 SURFATTN_ALWAYS_INLINE WordLanes lane_numbers() {
   return []<int... I>(simd::int_sequence<I...>) { return WordLanes{I...}; }
   (simd::int_sequence_up_to<word_lanes>());
-}
-
-/// The whole products of the words.
-SURFATTN_ALWAYS_INLINE WordLanes multiply_words(const WordLanes& a, const WordLanes& b) {
-#if defined(EIGEN_VECTORIZE_AVX512)
-  return __builtin_bit_cast(
-      WordLanes, _mm512_mul_epu32(__builtin_bit_cast(__m512i, a), __builtin_bit_cast(__m512i, b)));
-#elif defined(EIGEN_VECTORIZE_AVX2)
-  return __builtin_bit_cast(
-      WordLanes, _mm256_mul_epu32(__builtin_bit_cast(__m256i, a), __builtin_bit_cast(__m256i, b)));
-#elif defined(EIGEN_VECTORIZE_SSE2) && !defined(EIGEN_VECTORIZE_AVX)
-  return __builtin_bit_cast(
-      WordLanes, _mm_mul_epu32(__builtin_bit_cast(__m128i, a), __builtin_bit_cast(__m128i, b)));
-#else
-  constexpr std::uint64_t word = 0xffffffffu;
-  return (a & word) * (b & word);
-#endif
 }
 
 using PhiloxKey = std::array<std::uint32_t, 2>;
@@ -59,8 +42,8 @@ struct PhiloxKeys {
 SURFATTN_ALWAYS_INLINE void philox(const PhiloxKeys& keys, WordLanes (&counters)[4]) {
   const WordLanes multipliers[] = {WordLanes{} + 0xD2511F53u, WordLanes{} + 0xCD9E8D57u};
   for (const auto& key : keys.of_round) {
-    const WordLanes first = multiply_words(counters[0], multipliers[0]),
-                    second = multiply_words(counters[2], multipliers[1]);
+    const WordLanes first = simd::multiply_words(counters[0], multipliers[0]),
+                    second = simd::multiply_words(counters[2], multipliers[1]);
     counters[0] = (second >> 32) ^ counters[1] ^ key[0];
     counters[1] = second;
     counters[2] = (first >> 32) ^ counters[3] ^ key[1];

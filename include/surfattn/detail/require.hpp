@@ -159,7 +159,7 @@ class Require {
   /// What is finite as an option may not be so in the precision of the call.
   template <class Scalar>
   void usable_scale(Scalar scale, bool positive) const {
-    if (std::isfinite(scale) && (!positive || (scale > 0 && std::isnormal(scale)))) return;
+    if (positive ? scale > 0 && std::isnormal(scale) : std::isfinite(scale)) return;
     fail("scale = 1/bandwidth² must be " + std::string(positive ? "positive, normal and " : "") +
          "finite in the precision of queries, but is " + std::to_string(scale));
   }

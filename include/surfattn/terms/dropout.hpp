@@ -15,7 +15,7 @@ namespace detail {
 /// Dropout with its key. The random word of the pair (head, query, key) of a sequence is word
 /// key mod 4 of the Philox block at the counter (key/4, query, head, sequence).
 struct BoundDropout {
-  PhiloxKey philox_key;
+  PhiloxKeys round_keys;
   std::uint64_t threshold;  ///< words below it drop the weight: p·2³²
   double scale;             ///< 1/(1 − p)
   std::uint32_t sequence;
@@ -24,12 +24,11 @@ struct BoundDropout {
   template <class Accumulator>
   SURFATTN_NEVER_INLINE void factors(const Position& first, Index keys, Accumulator* out) const {
     if (threshold == 0) return std::fill(out, out + keys, Accumulator(1));
-    const PhiloxKeys round_keys(philox_key);
     std::uint32_t words[at_a_time];
     Accumulator factors[at_a_time];
     for (Index done = 0; done < keys;) {
       const Index key = first.key + done, skipped = key % 4;
-      store_words_of_blocks(round_keys, {first.head, first.query, key / 4}, words);
+      store_words_of_blocks({first.head, first.query, key / 4}, words);
       const Index count = std::min(at_a_time - skipped, keys - done);
       const bool all = count == at_a_time;
       to_factors(words, all ? out + done : factors);
@@ -42,8 +41,7 @@ struct BoundDropout {
   static constexpr Index blocks = 16, at_a_time = 4 * blocks;
 
   /// The words of the blocks from `first.key` on.
-  SURFATTN_ALWAYS_INLINE void store_words_of_blocks(const PhiloxKeys& round_keys,
-                                                    const Position& first,
+  SURFATTN_ALWAYS_INLINE void store_words_of_blocks(const Position& first,
                                                     std::uint32_t (&words)[at_a_time]) const {
     const auto all = [](auto number) { return WordLanes{} + static_cast<std::uint64_t>(number); };
     for (Index n = 0; n < blocks; n += word_lanes) {
@@ -97,7 +95,8 @@ struct Dropout {
           " and keys is " + detail::words(shape.keys_extent()));
     }
     const auto threshold = static_cast<std::uint64_t>(std::ceil(probability * 0x1p32));
-    return {key(), threshold, 1 / (1 - probability), static_cast<std::uint32_t>(sequence)};
+    return {detail::PhiloxKeys(key()), threshold, 1 / (1 - probability),
+            static_cast<std::uint32_t>(sequence)};
   }
 
  private:

@@ -128,10 +128,37 @@ SURFATTN_ALWAYS_INLINE auto maximum_of(P a) {
 /// Unsigned integers of `bytes` bytes, as many as a packet has lanes.
 template <class Scalar, std::size_t bytes>
 struct integers {
-  using Integer = std::conditional_t<bytes == 2, std::uint16_t, std::uint32_t>;
+  using Integer = std::conditional_t<
+      bytes == 1, std::uint8_t,
+      std::conditional_t<bytes == 2, std::uint16_t,
+                         std::conditional_t<bytes == 4, std::uint32_t, std::uint64_t>>>;
   typedef Integer type
       __attribute__((vector_size(bytes * static_cast<std::size_t>(lanes<Scalar>))));
 };
+
+/// The bits of a packet's numbers.
+template <class Scalar>
+using Bits = typename integers<Scalar, sizeof(Scalar)>::type;
+
+/// 64-bit lanes whose lower halves hold a word; what the upper halves hold does not count.
+using WordLanes = Bits<double>;
+
+/// The whole products of the words.
+SURFATTN_ALWAYS_INLINE WordLanes multiply_words(const WordLanes& a, const WordLanes& b) {
+#if defined(EIGEN_VECTORIZE_AVX512)
+  return __builtin_bit_cast(
+      WordLanes, _mm512_mul_epu32(__builtin_bit_cast(__m512i, a), __builtin_bit_cast(__m512i, b)));
+#elif defined(EIGEN_VECTORIZE_AVX2)
+  return __builtin_bit_cast(
+      WordLanes, _mm256_mul_epu32(__builtin_bit_cast(__m256i, a), __builtin_bit_cast(__m256i, b)));
+#elif defined(EIGEN_VECTORIZE_SSE2) && !defined(EIGEN_VECTORIZE_AVX)
+  return __builtin_bit_cast(
+      WordLanes, _mm_mul_epu32(__builtin_bit_cast(__m128i, a), __builtin_bit_cast(__m128i, b)));
+#else
+  constexpr std::uint64_t word = 0xffffffffu;
+  return (a & word) * (b & word);
+#endif
+}
 
 /// Whether Eigen has packets of `Source` that become packets of `Scalar`, lane by lane.
 template <class Scalar, class Source>
@@ -274,23 +301,19 @@ SURFATTN_ALWAYS_INLINE Packet<Scalar> zero_where_zero(Packet<Scalar> a, Packet<S
 /// where the byte is 0 and none where it is 1. In steps that double the size, which GCC has instructions
 /// for; longer ones it takes lane by lane.
 template <class Scalar>
-SURFATTN_ALWAYS_INLINE auto bits_where_zero(const std::uint8_t* bytes) {
-  using Integer = std::conditional_t<sizeof(Scalar) == 4, std::uint32_t, std::uint64_t>;
-  typedef Integer Integers __attribute__((vector_size(sizeof(Packet<Scalar>))));
+SURFATTN_ALWAYS_INLINE Bits<Scalar> bits_where_zero(const std::uint8_t* bytes) {
   if constexpr (lanes<Scalar> == 4) {
     std::uint32_t all;
     __builtin_memcpy(&all, bytes, sizeof all);
-    const Integers of_lane = (Integers{} + all) & Integers{0xff, 0xff00, 0xff0000, 0xff000000};
-    return __builtin_bit_cast(Integers, of_lane == 0);
+    const auto of_lane = (Bits<Scalar>{} + all) & Bits<Scalar>{0xff, 0xff00, 0xff0000, 0xff000000};
+    return __builtin_bit_cast(Bits<Scalar>, of_lane == 0);
   } else {
-    typedef std::uint8_t Bytes
-        __attribute__((vector_size(static_cast<std::size_t>(lanes<Scalar>))));
     using Halves = typename integers<Scalar, 2>::type;
     using Words = typename integers<Scalar, 4>::type;
-    Bytes narrow;
+    typename integers<Scalar, 1>::type narrow;
     __builtin_memcpy(&narrow, bytes, sizeof narrow);
     const auto words = __builtin_convertvector(__builtin_convertvector(narrow, Halves), Words);
-    return __builtin_convertvector(words, Integers) - 1;
+    return __builtin_convertvector(words, Bits<Scalar>) - 1;
   }
 }
 
@@ -302,10 +325,9 @@ SURFATTN_ALWAYS_INLINE Packet<Scalar> select(const std::uint8_t* bytes, Packet<S
     return *bytes ? x : otherwise;
   } else {
     const auto without = bits_where_zero<Scalar>(bytes);
-    using Integers = std::remove_const_t<decltype(without)>;
     return __builtin_bit_cast(Packet<Scalar>,
-                              (__builtin_bit_cast(Integers, x) & ~without) |
-                                  (__builtin_bit_cast(Integers, otherwise) & without));
+                              (__builtin_bit_cast(Bits<Scalar>, x) & ~without) |
+                                  (__builtin_bit_cast(Bits<Scalar>, otherwise) & without));
   }
 }
 
@@ -316,15 +338,11 @@ SURFATTN_ALWAYS_INLINE Packet<Scalar> zero_unless_above(const std::uint32_t* wor
   if constexpr (lanes<Scalar> == 1) {
     return *words > last ? x : Scalar(0);
   } else {
-    using Integer = std::conditional_t<sizeof(Scalar) == 4, std::uint32_t, std::uint64_t>;
-    typedef std::uint32_t Words
-        __attribute__((vector_size(4 * static_cast<std::size_t>(lanes<Scalar>))));
-    typedef Integer Integers __attribute__((vector_size(sizeof(Packet<Scalar>))));
-    Words narrow;
+    typename integers<Scalar, 4>::type narrow;
     __builtin_memcpy(&narrow, words, sizeof narrow);
-    const auto above = __builtin_convertvector(narrow, Integers) > Integer(last);
-    return __builtin_bit_cast(
-        Packet<Scalar>, __builtin_bit_cast(Integers, x) & __builtin_bit_cast(Integers, above));
+    const auto above = __builtin_convertvector(narrow, Bits<Scalar>) > last;
+    return __builtin_bit_cast(Packet<Scalar>, __builtin_bit_cast(Bits<Scalar>, x) &
+                                                  __builtin_bit_cast(Bits<Scalar>, above));
   }
 }
 
@@ -447,10 +465,9 @@ SURFATTN_ALWAYS_INLINE void load_columns(const Scalar* from, Index row_stride,
 /// targets that have vectors.
 template <class Scalar>
 SURFATTN_ALWAYS_INLINE Packet<Scalar> power_of_two(Packet<Scalar> biased) {
-  using Integer = std::conditional_t<sizeof(Scalar) == 4, std::uint32_t, std::uint64_t>;
-  typedef Integer Integers __attribute__((vector_size(sizeof(Packet<Scalar>))));
   constexpr int fraction_bits = std::numeric_limits<Scalar>::digits - 1;
-  return __builtin_bit_cast(Packet<Scalar>, __builtin_bit_cast(Integers, biased) << fraction_bits);
+  return __builtin_bit_cast(Packet<Scalar>, __builtin_bit_cast(Bits<Scalar>, biased)
+                                                << fraction_bits);
 }
 
 /// Into how many steps `stepped_power_of_two` divides an octave: as many as a table that one
