@@ -18,12 +18,16 @@ Comparison of_peak(Work ours, double flops) {
           flops / (double(steps) * flops_per_step<Scalar>)};
 }
 
+template <class AnyProblem>
+Work work_of(AnyProblem& p, Pass pass, Form form = Form::standard, Executor* executor = nullptr) {
+  return pass == Pass::forward ? p.forward(form, executor) : p.backward(form, executor);
+}
+
 template <class Scalar>
 std::function<Comparison()> share_of_peak(Case c, Pass pass, Form form = Form::standard) {
   return [=]() -> Comparison {
     const auto p = Problem<Scalar>::make(c);
-    return of_peak<Scalar>(pass == Pass::forward ? p->forward(form) : p->backward(form),
-                           p->flops(pass));
+    return of_peak<Scalar>(work_of(*p, pass, form), p->flops(pass));
   };
 }
 
@@ -66,17 +70,14 @@ std::function<Comparison()> against_share_of_unmasked(Case c, Pass pass) {
     const double share = seen / static_cast<double>(c.queries * c.keys);
     const auto masked = Problem<float, Mask>::make(c);
     const auto whole = Problem<float>::make(c);
-    if (pass == Pass::forward)
-      return {masked->forward(Form::standard), whole->forward(Form::standard), share};
-    return {masked->backward(Form::standard), whole->backward(Form::standard), share};
+    return {work_of(*masked, pass), work_of(*whole, pass), share};
   };
 }
 
 std::function<Comparison()> surface_against_standard(Case c, Pass pass, Form form = Form::surface) {
   return [=]() -> Comparison {
     const auto surface = Problem<float>::make(c), standard = Problem<float>::make(c);
-    if (pass == Pass::forward) return {surface->forward(form), standard->forward(Form::standard)};
-    return {surface->backward(form), standard->backward(Form::standard)};
+    return {work_of(*surface, pass, form), work_of(*standard, pass)};
   };
 }
 
@@ -86,9 +87,7 @@ std::function<Comparison()> of_far_scores(Pass pass) {
     const auto far = Problem<float>::make(square(2048, 64)),
                usual = Problem<float>::make(square(2048, 64));
     far->data().queries *= 100;
-    if (pass == Pass::forward)
-      return {far->forward(Form::standard), usual->forward(Form::standard)};
-    return {far->backward(Form::standard), usual->backward(Form::standard)};
+    return {work_of(*far, pass), work_of(*usual, pass)};
   };
 }
 
@@ -124,8 +123,7 @@ std::function<Comparison()> two_against_one(Case c, Pass pass) {
   return [=]() -> Comparison {
     const auto p = Problem<float>::make(c);
     Executor* const two = &two_threads();
-    if (pass == Pass::forward) return {p->forward(Form::standard, two), p->forward(Form::standard)};
-    return {p->backward(Form::standard, two), p->backward(Form::standard)};
+    return {work_of(*p, pass, Form::standard, two), work_of(*p, pass)};
   };
 }
 
