@@ -18,6 +18,8 @@
 ///   arrived.
 /// - Loops are small functions of their own. In a large one compilers run out of registers for
 ///   addresses and keep some in vector registers, where they queue behind sums that wait for memory.
+/// - Loops over packets or rows take four in a turn: keys that are values are then read in a tenth less
+///   time on Zen 5, and so are keys by packets of half a line.
 namespace surfattn::detail::simd {
 
 /// Fewer rows of queries are taken one by one.
@@ -223,7 +225,6 @@ struct DotProducts {
 template <int Keys, bool asks, bool norms, class Scalar, class Source>
 SURFATTN_NEVER_INLINE void set_products_of_query(Index row, Index key,
                                                  const DotProducts<Scalar, Source>& all) {
-  constexpr Index both = 2 * lanes<Scalar>;
   const Index whole = in_whole_packets<Scalar>(all.width);
   auto query = all.queries_of.first.from(row);
   auto keys = all.keys_of.first.from(key);
@@ -234,19 +235,20 @@ SURFATTN_NEVER_INLINE void set_products_of_query(Index row, Index key,
     const auto key_rows = pointers_to<Keys>(keys);
     DotSums<1, Keys, norms ? 1 : 2, Scalar> sums;
     DotSums<1, Keys, 1, Scalar> squares;
-    const auto add = [&]<int chain>(std::integral_constant<int, chain>, Index c) {
+    Index c = 0;
+    const auto add = [&]<int chain>(std::integral_constant<int, chain>) {
       sums.template add<norms ? 0 : chain>({query.data + c, 0}, [&](Index j) {
         ask_ahead<asks>(key_rows.at[j] + c);
         if constexpr (norms) return squares.add_square(j, load_as<Scalar>(key_rows.at[j] + c));
         return load_as<Scalar>(key_rows.at[j] + c);
       });
+      c += lanes<Scalar>;
     };
-    Index c = 0;
-    for (; c + both <= whole; c += both) {
-      add(std::integral_constant<int, 0>(), c);
-      add(std::integral_constant<int, 1>(), c + lanes<Scalar>);
+    while (c + 4 * lanes<Scalar> <= whole) {
+      add(std::integral_constant<int, 0>()), add(std::integral_constant<int, 1>());
+      add(std::integral_constant<int, 0>()), add(std::integral_constant<int, 1>());
     }
-    if (c < whole) add(std::integral_constant<int, 0>(), c);
+    while (c < whole) add(std::integral_constant<int, 0>());
     sums.store(products);
     if constexpr (norms) {
       squares.store(norms_to);
@@ -392,14 +394,21 @@ SURFATTN_NEVER_INLINE void set_packets_of_row(Index row, Index col,
                                        : load_unaligned(c.data + p * lanes<Scalar>);
     }
     const Source* from = b.data;
-    for (Index k = 0; k < all.depth; ++k, from += b.stride) {
+    Index k = 0;
+    const auto add = [&] {
       const auto factor = broadcast(a.data[k]);
       SURFATTN_UNROLL
       for (int p = 0; p < Packets; ++p) {
         ask_ahead<asks>(from + p * lanes<Scalar>);
         sums[p] = multiply_add(factor, load_as<Scalar>(from + p * lanes<Scalar>), sums[p]);
       }
+      ++k, from += b.stride;
+    };
+    while (k + 4 <= all.depth) {
+      add(), add();
+      add(), add();
     }
+    while (k < all.depth) add();
     SURFATTN_UNROLL
     for (int p = 0; p < Packets; ++p) store_unaligned(c.data + p * lanes<Scalar>, sums[p]);
     a.data += all.a.head_stride;
