@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cstdint>
 #include <limits>
 #include <surfattn/types.hpp>
@@ -475,55 +476,70 @@ SURFATTN_ALWAYS_INLINE Packet<Scalar> power_of_two(Packet<Scalar> biased) {
 template <class Scalar>
 inline constexpr int exp2_steps = 1;
 
-/// 2ⁿ for multiples n of 1/steps, of which `biased` holds steps·(n + exponent_bias) in its low bits.
-template <class Scalar>
-SURFATTN_ALWAYS_INLINE Packet<Scalar> stepped_power_of_two(Packet<Scalar> biased) {
-  return power_of_two<Scalar>(biased);
-}
-
 #if defined(EIGEN_VECTORIZE_AVX512)
 
 template <>
+inline constexpr int exp2_steps<float> = 32;
+template <>
 inline constexpr int exp2_steps<double> = 16;
 
-/// The fractions of 2^(k/16), less k/16: the shifted bits bring that along with the exponent.
-struct alignas(64) StepFractions {
-  std::uint64_t bits[16];
+/// table[index mod 32], lane by lane.
+SURFATTN_ALWAYS_INLINE Bits<float> look_up(const std::uint32_t (&table)[32],
+                                           const Bits<float>& index) {
+  return __builtin_bit_cast(
+      Bits<float>,
+      _mm512_permutex2var_epi32(_mm512_load_si512(table), __builtin_bit_cast(__m512i, index),
+                                _mm512_load_si512(table + 16)));
+}
 
-  constexpr StepFractions() : bits{} {
-    constexpr double powers[] = {1.0,
-                                 1.0442737824274138,
-                                 1.0905077326652577,
-                                 1.1387886347566916,
-                                 1.189207115002721,
-                                 1.241857812073484,
-                                 1.2968395546510096,
-                                 1.3542555469368927,
-                                 1.4142135623730951,
-                                 1.4768261459394993,
-                                 1.5422108254079407,
-                                 1.6104903319492543,
-                                 1.681792830507429,
-                                 1.7562521603732995,
-                                 1.8340080864093424,
-                                 1.9152065613971474};
-    constexpr auto one = __builtin_bit_cast(std::uint64_t, 1.0);
-    for (std::uint64_t k = 0; k < 16; ++k)
-      bits[k] = __builtin_bit_cast(std::uint64_t, powers[k]) - one - (k << 48);
-  }
-};
-inline constexpr StepFractions step_fractions;
-
-template <>
-SURFATTN_ALWAYS_INLINE Packet<double> stepped_power_of_two<double>(Packet<double> biased) {
-  const __m512i steps = __builtin_bit_cast(__m512i, biased);
-  const __m512i fraction = _mm512_permutex2var_epi64(_mm512_load_si512(step_fractions.bits), steps,
-                                                     _mm512_load_si512(step_fractions.bits + 8));
-  return __builtin_bit_cast(Packet<double>,
-                            _mm512_add_epi64(fraction, _mm512_slli_epi64(steps, 48)));
+/// table[index mod 16], lane by lane.
+SURFATTN_ALWAYS_INLINE Bits<double> look_up(const std::uint64_t (&table)[16],
+                                            const Bits<double>& index) {
+  return __builtin_bit_cast(
+      Bits<double>,
+      _mm512_permutex2var_epi64(_mm512_load_si512(table), __builtin_bit_cast(__m512i, index),
+                                _mm512_load_si512(table + 8)));
 }
 
 #endif
+
+/// The bits of 2^(k/steps) for k = 0 … steps − 1, less those of 1 and of k in the place that
+/// `stepped_power_of_two` shifts it to.
+template <class Scalar>
+struct alignas(64) StepFractions {
+  using Integer = typename integers<Scalar, sizeof(Scalar)>::Integer;
+  static constexpr int steps = exp2_steps<Scalar>;
+  static constexpr int shift =
+      std::numeric_limits<Scalar>::digits - std::bit_width(static_cast<unsigned>(steps));
+
+  Integer bits[steps];
+
+  constexpr StepFractions() : bits{} {
+    constexpr long double step = 1.02189714865411667823448013478329944L;  // 2^(1/32)
+    long double power = 1;
+    for (int k = 0; k < steps; ++k) {
+      bits[k] = __builtin_bit_cast(Integer, static_cast<Scalar>(power)) -
+                __builtin_bit_cast(Integer, Scalar(1)) - (static_cast<Integer>(k) << shift);
+      for (int i = 0; i < 32 / steps; ++i) power *= step;
+    }
+  }
+};
+template <class Scalar>
+inline constexpr StepFractions<Scalar> step_fractions;
+
+/// 2ⁿ likewise for multiples n of 1/steps, of which `biased` holds steps·(n + exponent_bias) in its
+/// low bits: where the shift puts n mod 1 instead of the fraction of 2ⁿ, the table corrects it.
+template <class Scalar>
+SURFATTN_ALWAYS_INLINE Packet<Scalar> stepped_power_of_two(Packet<Scalar> biased) {
+  if constexpr (exp2_steps<Scalar> == 1) {
+    return power_of_two<Scalar>(biased);
+  } else {
+    constexpr auto& fractions = step_fractions<Scalar>;
+    const auto steps = __builtin_bit_cast(Bits<Scalar>, biased);
+    return __builtin_bit_cast(Packet<Scalar>,
+                              look_up(fractions.bits, steps) + (steps << fractions.shift));
+  }
+}
 
 /// Two bfloat16 side by side, neighbours along the depth of a product: what the dot instructions of
 /// some targets take, which add both products to one float.
