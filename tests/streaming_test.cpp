@@ -33,8 +33,7 @@ void check_dot_products(const Sizes& size, std::mt19937_64& random) {
   const Matrix<Source> k = whole_numbers<Source>(keys, heads * width + 3, random);
   Matrix<Scalar> products = Matrix<Scalar>::Constant(heads * rows, keys + 1, Scalar(77));
   Matrix<Scalar> norms = Matrix<Scalar>::Constant(heads, keys + 1, Scalar(77)), beside = norms;
-  const bool has_norms =
-      simd::forms_norms_beside_products && simd::rows_in_blocks(rows) == 0 && rows > 0;
+  const bool has_norms = simd::rows_in_blocks(rows) == 0 && rows > 0;
   simd::ProductAhead<Source> ahead(view(k), {}, rows * keys);
   simd::set_dot_products<Scalar, Source>(
       {heads,

@@ -314,8 +314,7 @@ class StreamTask {
   }
 
   bool norms_come_with_products() const {
-    return simd::forms_norms_beside_products && !takes_blocks() &&
-           operands_.key_norm_weight != Accumulator(0);
+    return !takes_blocks() && operands_.key_norm_weight != Accumulator(0);
   }
 
   /// The bias of a run of keys, whose norms are in its place already or formed while the keys are in a
