@@ -44,10 +44,10 @@ struct SoftmaxRows {
     return rest;
   }
 
-  /// Turns the scores of `rows` rows from `row` on into weights; the columns that only pad the tile
-  /// get weight 0.
+  /// Turns the scores of `rows` rows from `row` on into weights; the columns that pad the keys to whole
+  /// packets get weight 0.
   void take_weights(Index row, Index rows, Index keys, simd::Tile<Accumulator> scores) const {
-    const Index padded_keys = simd::padded<Accumulator>(keys);
+    const Index padded_keys = simd::rounded_up(keys, simd::lanes<Accumulator>);
     // A few rows at a time: they stay in the first-level cache for both passes, and their maxima do
     // not wait for each other.
     for (Index first = 0, end; first < rows; first = end) {

@@ -12,7 +12,7 @@ namespace surfattn::detail::simd {
 template <class Scalar>
 inline constexpr Scalar minus_infinity = -std::numeric_limits<Scalar>::infinity();
 
-/// The largest of `count` numbers; those that pad them to whole panels become −∞. Where there is a
+/// The largest of `count` numbers; those that pad them to whole packets become −∞. Where there is a
 /// NaN, any of them or NaN.
 template <class Scalar>
 Scalar pad_and_find_maximum(Scalar* row, Index count) {
@@ -24,28 +24,30 @@ Scalar pad_and_find_maximum(Scalar* row, Index count) {
     for (int p = 0; p < panel_packets; ++p)
       largest[p] = maximum(largest[p], load(row + j + p * lanes<Scalar>));
   }
-  for (int p = 0; j < count && p < panel_packets; ++p) {
-    Scalar* const last = row + j + p * lanes<Scalar>;
-    const auto scores =
-        first_lanes<Scalar>(load(last), count - j - p * lanes<Scalar>, minus_infinity<Scalar>);
-    store(last, scores);
-    largest[p] = maximum(largest[p], scores);
+  for (; j < count; j += lanes<Scalar>) {
+    const auto scores = first_lanes<Scalar>(load(row + j), count - j, minus_infinity<Scalar>);
+    store(row + j, scores);
+    largest[0] = maximum(largest[0], scores);
   }
   return maximum_of(maximum(largest[0], largest[1]));
 }
 
 /// Calls step.operator()<Count>(first) for every `Count` packets, from number `first` on, of a row
-/// `count` numbers long, a whole number of panels: several at a time while so many are left.
+/// `count` numbers long, a whole number of packets: several at a time while so many are left.
 template <class Scalar, class Step>
 SURFATTN_ALWAYS_INLINE void for_packets(Index count, const Step& step) {
   Index j = 0;
   for (constexpr Index two = 2 * panel_width<Scalar>; j + two <= count; j += two) {
     step.template operator()<2 * panel_packets>(j);
   }
-  if (j < count) step.template operator()<panel_packets>(j);
+  if (j + panel_width<Scalar> <= count) {
+    step.template operator()<panel_packets>(j);
+    j += panel_width<Scalar>;
+  }
+  if (j < count) step.template operator()<1>(j);
 }
 
-/// row ← 2^(row − origin) over a whole number of panels, `origin` an integer or not finite; returns
+/// row ← 2^(row − origin) over a whole number of packets, `origin` an integer or not finite; returns
 /// the sum.
 template <class Scalar>
 Scalar exp2_row(Scalar* row, Index count, Scalar origin) {
