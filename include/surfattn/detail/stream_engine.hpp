@@ -139,7 +139,7 @@ class StreamTask {
 
   /// All keys are one run: each head is finished and written before the next.
   void run_once(const SoftmaxRows<Accumulator>& outs, const ForwardOutputs<Scalar>& outputs) {
-    const bool asks = asks_ahead() && !batch_is_cached();
+    const bool asks = asks_ahead(Index(1) << 23);
     for (Index head = 0; head < shape_.key_value_heads; ++head) {
       if (asks) look_ahead_to_head(head + 1, outputs.out);
       outs.softmax.reset(rows_);
@@ -155,11 +155,12 @@ class StreamTask {
 
   void run(Index first_key, Index keys, Index run, const SoftmaxRows<Accumulator>& outs) {
     outs.reset(shape_.query_heads * shape_.queries);
+    asks_ = asks_ahead(Index(1) << 20);
     const Index end = first_key + keys;
     for (Index key = first_key, count; key < end; key += count) {
       count = operands_.run_of_keys(key, std::min(run, end - key));
-      if (asks_ahead()) look_ahead_to_run(key + count, std::min(run, end - key - count), count);
-      const Index heads = asks_ahead() ? 1 : shape_.key_value_heads;
+      if (asks_) look_ahead_to_run(key + count, std::min(run, end - key - count), count);
+      const Index heads = asks_ ? 1 : shape_.key_value_heads;
       for (Index head = 0; head < shape_.key_value_heads; head += heads)
         visit_run({head, head + heads}, key, count, outs);
     }
@@ -170,8 +171,15 @@ class StreamTask {
   bool takes_blocks() const { return simd::rows_in_blocks(rows_) > 0; }
 
   /// Whether they ask for memory, head by head; else that is left to the hardware, which wants the rows
-  /// of all heads in the order in which they lie.
-  bool asks_ahead() const { return simd::blocks_ask_ahead && takes_blocks(); }
+  /// of all heads in the order in which they lie. To ask for what a cache holds costs up to a fifth of
+  /// the time: `cached` bytes, what was made just before as a rule.
+  bool asks_ahead(Index cached) const {
+    const Index width = shape_.head_dim + shape_.value_dim;
+    const Index numbers = width * (shape_.packed_queries * shape_.query_heads +
+                                   shape_.packed_keys * shape_.key_value_heads);
+    return simd::blocks_ask_ahead && takes_blocks() &&
+           numbers > cached / static_cast<Index>(sizeof(Scalar));
+  }
 
   /// The next run comes from memory while one is computed, for all heads.
   void look_ahead_to_run(Index first_key, Index wanted, Index keys) {
@@ -181,16 +189,6 @@ class StreamTask {
     keys_ahead_ = {next.keys, none, shape_.key_value_heads * rows_ * keys};
     if (!operands_.values_are_keys)
       values_ahead_ = {next.values, none, shape_.key_value_heads * rows_ * shape_.value_dim * keys};
-  }
-
-  /// Whether all that a batch reads and writes is so little that a cache still holds what was made
-  /// just before, as a rule; to ask for that costs up to a fifth of the time.
-  bool batch_is_cached() const {
-    constexpr Index most = (Index(1) << 23) / static_cast<Index>(sizeof(Scalar));
-    const Index width = shape_.head_dim + shape_.value_dim;
-    return width * (shape_.packed_queries * shape_.query_heads +
-                    shape_.packed_keys * shape_.key_value_heads) <=
-           most;
   }
 
   /// Where one run is all, the next head comes from memory while one is computed: all that it reads,
@@ -259,7 +257,7 @@ class StreamTask {
     const Index fewest = operands_.keys.is_stored_by_columns() ? simd::line<Scalar> : 8;
     const Index width = shape_.key_value_heads * std::max(shape_.head_dim, shape_.value_dim);
     const Index few = std::max(fewest, budget / std::max<Index>(width, 1) / fewest * fewest);
-    const Index step = asks_ahead() ? keys : few;
+    const Index step = asks_ ? keys : few;
     for (Index first = 0; first < keys; first += step) {
       const Index count = std::min(step, keys - first);
       each_group_in_sight(heads, [&](Index head, Index count_of_heads) {
@@ -503,6 +501,7 @@ class StreamTask {
   simd::ProductAhead<Scalar> keys_ahead_, values_ahead_;
   Index group_;  ///< query heads that share a key/value head
   Index rows_;   ///< of one key/value head
+  bool asks_ = false;
 };
 
 /// O = W·V and log_sum_exp of few queries: the items of one sequence that fall to one worker.

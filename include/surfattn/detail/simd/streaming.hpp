@@ -75,8 +75,8 @@ struct HeadRows {
 
 /// Asks for rows that are needed after a product while it is computed, those of two matrices by turns
 /// and as much of them as the product has advanced. Line after line, since rows begin far from each
-/// other: whole rows where packets are lines, and else pieces of a few lines, as many as a processor
-/// waits for without being held up.
+/// other, and a few lines at a time, as many as a processor waits for without being held up or
+/// forgetting them.
 template <class Source>
 class ProductAhead {
  public:
@@ -84,9 +84,7 @@ class ProductAhead {
   /// `work`: that of the product, in any unit.
   ProductAhead(const MatrixView<const Source>& a, const MatrixView<const Source>& b, Index work)
       : a_(a), b_(b), width_(std::max(a.cols, b.cols)), work_(work) {
-    const Index pieces_of_row = packets_are_lines ? 1 : rounded_up(width_, few_lines) / few_lines;
-    piece_ = packets_are_lines ? width_ : few_lines;
-    pieces_ = std::max(a.rows, b.rows) * pieces_of_row;
+    pieces_ = std::max(a.rows, b.rows) * (rounded_up(width_, piece) / piece);
   }
 
   /// Before so much of the work is done.
@@ -96,14 +94,14 @@ class ProductAhead {
   }
 
  private:
-  static constexpr Index line = simd::line<Source>, few_lines = 8 * line;
+  static constexpr Index line = simd::line<Source>, piece = 8 * line;
 
   /// Apart from the loops of the product, which need the registers.
   SURFATTN_NEVER_INLINE void ask() {
     for (; asked_ * work_ < begun_ * pieces_; ++asked_) {
       ask_piece(a_);
       ask_piece(b_);
-      col_ += piece_;
+      col_ += piece;
       if (col_ >= width_) col_ = 0, ++row_;
     }
   }
@@ -113,7 +111,7 @@ class ProductAhead {
     if (row_ >= rows.rows || rows.col_stride != 1) return;
     constexpr Index some = 4;
     const Source* const row = rows.row(row_);
-    const Index end = std::min(col_ + piece_, rows.cols);
+    const Index end = std::min(col_ + piece, rows.cols);
     Index c = col_;
     for (; c + some * line <= end; c += some * line) {
       SURFATTN_UNROLL
@@ -123,7 +121,7 @@ class ProductAhead {
   }
 
   MatrixView<const Source> a_{}, b_{};
-  Index width_ = 0, piece_ = 0, pieces_ = 0;
+  Index width_ = 0, pieces_ = 0;
   Index work_ = 0, begun_ = 0;
   Index asked_ = 0, row_ = 0, col_ = 0;
 };
