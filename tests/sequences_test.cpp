@@ -46,6 +46,8 @@ struct Batch {
 const Batch ragged{{3, 0, 65, 17, 129, 1, 5, 300, 16, 0}, {7, 5, 65, 0, 300, 2500, 1, 257, 4, 0}};
 const Batch many_short{std::vector<Index>(40, 10), std::vector<Index>(40, 10)};
 const Batch decoding{{1, 1, 2, 1}, {1500, 30, 4100, 0}};
+/// Of two heads more than a cache holds, but no sequence alone.
+const Batch some_queries{{5, 2, 4, 9}, {1500, 3300, 130, 130}};
 const Batch alone{{40}, {50}};
 const Batch nothing{{}, {}};
 
@@ -167,7 +169,7 @@ const Heads grouped{.query = 6, .key_value = 2}, single{.query = 1, .key_value =
 
 TEMPLATE_TEST_CASE("A batch gives the bits of a call for each sequence", "[sequences]", float,
                    double) {
-  for (const Batch* batch : {&ragged, &many_short, &decoding, &alone, &nothing}) {
+  for (const Batch* batch : {&ragged, &many_short, &decoding, &some_queries, &alone, &nothing}) {
     for (const Heads& heads : {grouped, single}) {
       INFO("sequences " << batch->queries.size() << ", heads " << heads.query);
       check_batch<TestType>(*batch, heads);
