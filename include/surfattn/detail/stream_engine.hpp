@@ -139,7 +139,8 @@ class StreamTask {
 
   /// All keys are one run: each head is finished and written before the next.
   void run_once(const SoftmaxRows<Accumulator>& outs, const ForwardOutputs<Scalar>& outputs) {
-    const bool asks = asks_ahead(Index(1) << 23);
+    constexpr Index shared_cache = Index(1) << 23;
+    const bool asks = asks_ahead(shared_cache);
     for (Index head = 0; head < shape_.key_value_heads; ++head) {
       if (asks) look_ahead_to_head(head + 1, outputs.out);
       outs.softmax.reset(rows_);
@@ -155,7 +156,8 @@ class StreamTask {
 
   void run(Index first_key, Index keys, Index run, const SoftmaxRows<Accumulator>& outs) {
     outs.reset(shape_.query_heads * shape_.queries);
-    asks_ = asks_ahead(Index(1) << 20);
+    constexpr Index second_level = Index(1) << 20;
+    asks_ = asks_ahead(second_level);
     const Index end = first_key + keys;
     for (Index key = first_key, count; key < end; key += count) {
       count = operands_.run_of_keys(key, std::min(run, end - key));
@@ -171,8 +173,8 @@ class StreamTask {
   bool takes_blocks() const { return simd::rows_in_blocks(rows_) > 0; }
 
   /// Whether they ask for memory, head by head; else that is left to the hardware, which wants the rows
-  /// of all heads in the order in which they lie. To ask for what a cache holds costs up to a fifth of
-  /// the time: `cached` bytes, what was made just before as a rule.
+  /// of all heads in the order in which they lie. To ask for what a cache of `cached` bytes holds, which
+  /// was made just before as a rule, costs up to a fifth of the time.
   bool asks_ahead(Index cached) const {
     const Index width = shape_.head_dim + shape_.value_dim;
     const Index numbers = width * (shape_.packed_queries * shape_.query_heads +

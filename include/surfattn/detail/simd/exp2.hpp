@@ -75,11 +75,11 @@ inline constexpr Scalar exp2_origin_limit =
 /// a number that none of them passes.
 ///
 /// x = n + r with n a multiple of 1/steps, exactly, and |r| ≤ 1/(2·steps); t = 2^(n − origin), by its
-/// bits; then t + t·(2ʳ − 1), by a polynomial in r. At most 2 ulp (2.5 in float where the target does
-/// not fuse products and sums) where x − origin is −126 (float) or −1022 (double) or more. Down to one
-/// less the result is smaller than the smallest normal number, or 0, and below that exactly 0, for −∞
-/// too: a masked weight is exactly 0. 2⁰ is exactly 1, and NaN gives NaN. Where the target has no
-/// vectors, std::exp2.
+/// bits; then t·2ʳ, by a polynomial in r: as t + t·(2ʳ − 1) where t comes from a table and is rounded
+/// itself. At most 2 ulp (2.5 in float where the target does not fuse products and sums) where x −
+/// origin is −126 (float) or −1022 (double) or more. Down to one less the result is smaller than the
+/// smallest normal number, or 0, and below that exactly 0, for −∞ too: a masked weight is exactly 0. 2⁰
+/// is exactly 1, and NaN gives NaN. Where the target has no vectors, std::exp2.
 ///
 /// Takes several packets at once, and each step for all of them before the next: the steps of one
 /// packet wait for each other, those of different packets do not.
@@ -106,11 +106,13 @@ SURFATTN_ALWAYS_INLINE void exp2(Packet<Scalar> (&x)[Count], const Exp2Origin<Sc
       for (int i = 0; i < Count; ++i) y[i] = multiply_add(y[i], x[i], coefficient);
     }
     SURFATTN_UNROLL
-    for (int i = 0; i < Count; ++i) y[i] = multiply(y[i], x[i]);
-    SURFATTN_UNROLL
     for (int i = 0; i < Count; ++i) {
       const auto power = stepped_power_of_two<Scalar>(biased[i]);
-      x[i] = multiply_add(y[i], power, power);
+      if constexpr (exp2_steps<Scalar> == 1) {
+        x[i] = multiply(multiply_add(y[i], x[i], broadcast(Scalar(1))), power);
+      } else {
+        x[i] = multiply_add(multiply(y[i], x[i]), power, power);
+      }
     }
   }
 }
