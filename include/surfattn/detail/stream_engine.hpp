@@ -401,7 +401,8 @@ class StreamTask {
   /// W ← W/l of a head whose keys are one run, and its log-sum-exp.
   void normalise(Index head, Coverage coverage, const SoftmaxRows<Accumulator>& outs,
                  const ForwardOutputs<Scalar>& outputs) {
-    const Index weights = coverage == Coverage::empty ? 0 : simd::padded<Accumulator>(shape_.keys);
+    const Index weights =
+        coverage == Coverage::empty ? 0 : simd::rounded_up(shape_.keys, simd::lanes<Accumulator>);
     for (Index row = 0; row < rows_; ++row) {
       Accumulator* const weighed = scores(head).from(row).data;
       outs.include_sinks(row, terms_, head_of(head, row), weighed, weights);
