@@ -244,6 +244,24 @@ TEST_CASE("Equal lengths may differ between queries and keys", "[sequences]") {
   check_whole(run(p, Sequences::equal(3), nullptr), run(p, {query_offsets, key_offsets}, nullptr));
 }
 
+TEST_CASE("A value that is not finite has the same bits in a batch that no cache holds",
+          "[sequences]") {
+  Random random = seeded_random();
+  constexpr Index queries = 5, keys = 384, count = 8;
+  auto p = problem_of<float>({Offsets(count, queries), Offsets(count, keys)},
+                             {.query = 2, .key_value = 2}, 64, 64, random);
+  for (Index s = 0; s < count; ++s) p.values(s * keys + 300, 1) = std::nanf("");
+  const Causal causal{Align::bottom_right};
+  const auto batch = attention(p.queries, p.keys, p.values,
+                               {.heads = p.heads, .sequences = Sequences::equal(count)}, causal);
+  for (Index s = 0; s < count; ++s) {
+    const auto one = sequence_of(p, s * queries, queries, s * keys, keys);
+    CAPTURE(seed(), s);
+    CHECK(same_bits(Matrix<float>(batch.middleRows(s * queries, queries)),
+                    attention(one.queries, one.keys, one.values, {.heads = p.heads}, causal)));
+  }
+}
+
 TEST_CASE("A NaN stays within its sequence", "[sequences]") {
   Random random = seeded_random();
   const Batch batch{{30, 20, 3}, {30, 20, 25}};

@@ -172,8 +172,8 @@ class StreamTask {
   /// Whether queries are taken several at a time.
   bool takes_blocks() const { return simd::rows_in_blocks(rows_) > 0; }
 
-  /// Whether they ask for memory, head by head; else that is left to the hardware, which wants the rows
-  /// of all heads in the order in which they lie. To ask for what a cache of `cached` bytes holds, which
+  /// Whether they ask for memory, head by head; else that is left to the hardware and to the products,
+  /// and the rows of all heads are read in the order in which they lie. To ask for what a cache of `cached` bytes holds, which
   /// was made just before as a rule, costs up to a fifth of the time.
   bool asks_ahead(Index cached) const {
     const Index width = shape_.head_dim + shape_.value_dim;
@@ -252,14 +252,15 @@ class StreamTask {
 
   /// Calls use(head, count_of_heads, first, count) for the keys [first, first + count) of a run: as many
   /// tokens at a time as leave the first-level cache room for their rows of all heads, or, where these
-  /// are asked for, all, which saves sums from being stored.
+  /// may be asked for, all, which saves sums from being stored. It must not depend on the batch: what
+  /// is not finite is added at the end of each step.
   template <class Use>
   void each_step(Heads heads, Index keys, const Use& use) const {
     constexpr Index budget = (Index(1) << 15) / static_cast<Index>(sizeof(Scalar));
     const Index fewest = operands_.keys.is_stored_by_columns() ? simd::line<Scalar> : 8;
     const Index width = shape_.key_value_heads * std::max(shape_.head_dim, shape_.value_dim);
     const Index few = std::max(fewest, budget / std::max<Index>(width, 1) / fewest * fewest);
-    const Index step = asks_ ? keys : few;
+    const Index step = simd::blocks_ask_ahead && takes_blocks() ? keys : few;
     for (Index first = 0; first < keys; first += step) {
       const Index count = std::min(step, keys - first);
       each_group_in_sight(heads, [&](Index head, Index count_of_heads) {

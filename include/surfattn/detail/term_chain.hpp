@@ -229,7 +229,8 @@ class TermChain {
     alignas(Arena::alignment) Accumulator factors[chunk];
     for (Index i = 0; i < tile.queries; ++i) {
       for (Index j = 0; j < tile.keys; j += chunk) {
-        const Index count = std::min(chunk, simd::padded<Accumulator>(tile.keys - j));
+        const Index count =
+            std::min(chunk, simd::rounded_up(tile.keys - j, simd::lanes<Accumulator>));
         dropout.factors({tile.head, tile.first_query + i, tile.first_key + j}, count, factors);
         simd::select_and_multiply(factors, weights.data + i * weights.row_stride + j, count);
       }

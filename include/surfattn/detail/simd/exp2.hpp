@@ -20,7 +20,7 @@ inline constexpr Scalar ln_2 = Scalar(0.693147180559945309417232121458176568L);
 /// The coefficients of r, r², … in the polynomial 1 + … that is 2ʳ for |r| ≤ 1/(2·exp2_steps), by
 /// Remez' algorithm: for double of least relative error, 1.8·10⁻¹⁷ without a table and 7.1·10⁻¹⁸ with
 /// one; for float, where 2⁻²⁴ is 6·10⁻⁸, of least error when evaluated in float, 10⁻⁷ before rounding
-/// without a table, 5·10⁻⁸ with one (a search among the floats nearby).
+/// without a table, 7·10⁻⁸ with one (a search among the floats nearby).
 template <class Scalar, int steps = exp2_steps<Scalar>>
 inline constexpr Scalar exp2_polynomial[] = {};
 template <>

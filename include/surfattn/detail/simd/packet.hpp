@@ -515,6 +515,7 @@ struct alignas(64) StepFractions {
   Integer bits[steps];
 
   constexpr StepFractions() : bits{} {
+    static_assert(std::numeric_limits<long double>::digits >= 64);
     constexpr long double step = 1.02189714865411667823448013478329944L;  // 2^(1/32)
     long double power = 1;
     for (int k = 0; k < steps; ++k) {

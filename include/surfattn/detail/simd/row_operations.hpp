@@ -72,7 +72,7 @@ Scalar exp2_row(Scalar* row, Index count, Scalar origin) {
   return sum(add(sums[0], sums[1]));
 }
 
-/// row ← factor·row over a whole number of panels.
+/// row ← factor·row over a whole number of packets.
 template <class Scalar>
 void scale_row(Scalar* row, Index count, Scalar factor) {
   const auto multiplier = broadcast(factor);

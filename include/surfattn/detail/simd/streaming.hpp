@@ -18,7 +18,7 @@
 ///   arrived.
 /// - Loops are small functions of their own. In a large one compilers run out of registers for
 ///   addresses and keep some in vector registers, where they queue behind sums that wait for memory.
-/// - Loops over packets or rows take four in a turn: keys that are values are then read in a tenth less
+/// - Loops of a single query over packets or rows take four in a turn: keys that are values are then read in a tenth less
 ///   time on Zen 5, and so are keys by packets of half a line.
 namespace surfattn::detail::simd {
 
@@ -184,8 +184,8 @@ struct DotSums {
 /// costs up to a third of the time.
 inline constexpr bool asks_in_single_head = packets_are_lines;
 
-/// Whether a query of one of several heads does so where there is more to do for each line than to
-/// multiply and add: numbers to be converted, norms to be formed, or other queries to be multiplied with
+/// Whether the products of a query of one of several heads do so where there is more to do for each line
+/// than to multiply and add: numbers to be converted, norms to be formed, or other queries to be multiplied with
 /// the same keys. Else the processor works ahead far enough, and Intel's prefetchers do in any case. On
 /// Zen 5 it saves a third of the time of bfloat16 and of three queries, and a tenth of that of norms.
 template <class Scalar, class Source, bool norms>
@@ -226,6 +226,7 @@ struct DotProducts {
 template <int Keys, bool asks, bool norms, class Scalar, class Source>
 SURFATTN_NEVER_INLINE void set_products_of_query(Index row, Index key,
                                                  const DotProducts<Scalar, Source>& all) {
+  constexpr int chains = norms && registers < 32 ? 1 : 2;
   const Index whole = in_whole_packets<Scalar>(all.width);
   auto query = all.queries_of.first.from(row);
   auto keys = all.keys_of.first.from(key);
@@ -235,11 +236,11 @@ SURFATTN_NEVER_INLINE void set_products_of_query(Index row, Index key,
   const Index ahead = distance_ahead<Source>(Keys, keys.stride);
   for (Index head = all.heads; head > 0; --head) {
     const auto key_rows = pointers_to<Keys>(keys);
-    DotSums<1, Keys, norms ? 1 : 2, Scalar> sums;
+    DotSums<1, Keys, chains, Scalar> sums;
     DotSums<1, Keys, 1, Scalar> squares;
     Index c = 0;
     const auto add = [&]<int chain>(std::integral_constant<int, chain>) {
-      sums.template add<norms ? 0 : chain>({query.data + c, 0}, [&](Index j) {
+      sums.template add<chain % chains>({query.data + c, 0}, [&](Index j) {
         if constexpr (asks) __builtin_prefetch(key_rows.at[j] + c + ahead);
         if constexpr (norms) return squares.add_square(j, load_as<Scalar>(key_rows.at[j] + c));
         return load_as<Scalar>(key_rows.at[j] + c);
