@@ -157,12 +157,12 @@ class StreamTask {
   void run(Index first_key, Index keys, Index run, const SoftmaxRows<Accumulator>& outs) {
     outs.reset(shape_.query_heads * shape_.queries);
     constexpr Index second_level = Index(1) << 20;
-    asks_ = asks_ahead(second_level);
+    const bool asks = asks_ahead(second_level);
     const Index end = first_key + keys;
     for (Index key = first_key, count; key < end; key += count) {
       count = operands_.run_of_keys(key, std::min(run, end - key));
-      if (asks_) look_ahead_to_run(key + count, std::min(run, end - key - count), count);
-      const Index heads = asks_ ? 1 : shape_.key_value_heads;
+      if (asks) look_ahead_to_run(key + count, std::min(run, end - key - count), count);
+      const Index heads = asks ? 1 : shape_.key_value_heads;
       for (Index head = 0; head < shape_.key_value_heads; head += heads)
         visit_run({head, head + heads}, key, count, outs);
     }
@@ -172,15 +172,17 @@ class StreamTask {
   /// Whether queries are taken several at a time.
   bool takes_blocks() const { return simd::rows_in_blocks(rows_) > 0; }
 
-  /// Whether they ask for memory, head by head; else that is left to the hardware and to the products,
-  /// and the rows of all heads are read in the order in which they lie. To ask for what a cache of `cached` bytes holds, which
-  /// was made just before as a rule, costs up to a fifth of the time.
+  /// Whether they may ask for memory.
+  bool may_ask_ahead() const { return simd::blocks_ask_ahead && takes_blocks(); }
+
+  /// Whether they do, head by head; else that is left to the hardware and to the products, and the rows
+  /// of all heads are read in the order in which they lie. To ask for what a cache of `cached` bytes
+  /// holds, which was made just before as a rule, costs up to a fifth of the time.
   bool asks_ahead(Index cached) const {
     const Index width = shape_.head_dim + shape_.value_dim;
     const Index numbers = width * (shape_.packed_queries * shape_.query_heads +
                                    shape_.packed_keys * shape_.key_value_heads);
-    return simd::blocks_ask_ahead && takes_blocks() &&
-           numbers > cached / static_cast<Index>(sizeof(Scalar));
+    return may_ask_ahead() && numbers > cached / static_cast<Index>(sizeof(Scalar));
   }
 
   /// The next run comes from memory while one is computed, for all heads.
@@ -260,7 +262,7 @@ class StreamTask {
     const Index fewest = operands_.keys.is_stored_by_columns() ? simd::line<Scalar> : 8;
     const Index width = shape_.key_value_heads * std::max(shape_.head_dim, shape_.value_dim);
     const Index few = std::max(fewest, budget / std::max<Index>(width, 1) / fewest * fewest);
-    const Index step = simd::blocks_ask_ahead && takes_blocks() ? keys : few;
+    const Index step = may_ask_ahead() ? keys : few;
     for (Index first = 0; first < keys; first += step) {
       const Index count = std::min(step, keys - first);
       each_group_in_sight(heads, [&](Index head, Index count_of_heads) {
@@ -505,7 +507,6 @@ class StreamTask {
   simd::ProductAhead<Scalar> keys_ahead_, values_ahead_;
   Index group_;  ///< query heads that share a key/value head
   Index rows_;   ///< of one key/value head
-  bool asks_ = false;
 };
 
 /// O = W·V and log_sum_exp of few queries: the items of one sequence that fall to one worker.

@@ -18,8 +18,8 @@
 ///   arrived.
 /// - Loops are small functions of their own. In a large one compilers run out of registers for
 ///   addresses and keep some in vector registers, where they queue behind sums that wait for memory.
-/// - Loops of a single query over packets or rows take four in a turn: keys that are values are then read in a tenth less
-///   time on Zen 5, and so are keys by packets of half a line.
+/// - Loops of a single query over packets or rows take four in a turn: keys that are values are then read
+///   in a tenth less time on Zen 5, and so are keys by packets of half a line.
 namespace surfattn::detail::simd {
 
 /// Fewer rows of queries are taken one by one.
@@ -185,14 +185,11 @@ struct DotSums {
 inline constexpr bool asks_in_single_head = packets_are_lines;
 
 /// Whether the products of a query of one of several heads do so where there is more to do for each line
-/// than to multiply and add: numbers to be converted, norms to be formed, or other queries to be multiplied with
-/// the same keys. Else the processor works ahead far enough, and Intel's prefetchers do in any case. On
-/// Zen 5 it saves a third of the time of bfloat16 and of three queries, and a tenth of that of norms.
-template <class Scalar, class Source, bool norms>
-constexpr bool asks_in_heads(Index queries) {
-  return packets_are_lines && !SURFATTN_TARGETS_INTEL_AVX512 &&
-         (norms || queries > 1 || !std::is_same_v<Scalar, Source>);
-}
+/// than to multiply and add: numbers to be converted, norms to be formed, or other queries to be
+/// multiplied with the same keys. Else the processor works ahead far enough, and Intel's prefetchers do
+/// in any case. On Zen 5 it saves a third of the time of bfloat16 and of three queries, and a tenth of
+/// that of norms.
+inline constexpr bool asks_beside_work = packets_are_lines && !SURFATTN_TARGETS_INTEL_AVX512;
 
 /// Whether several queries of a head, which take longer than the memory of their keys, ask for the rows of
 /// the next run or head meanwhile. Intel's prefetchers go from row to row by themselves where rows are
@@ -266,11 +263,11 @@ SURFATTN_NEVER_INLINE void set_products_of_query(Index row, Index key,
 /// The query `first` against `Keys` keys from `key` on, with their norms if they are wanted.
 template <int Keys, bool asks, class Scalar, class Source>
 void set_products_of_first(Index first, Index key, const DotProducts<Scalar, Source>& all) {
-  constexpr bool asks_beside_norms = asks || asks_in_heads<Scalar, Source, true>(1);
+  const bool has_work_beside = !std::is_same_v<Scalar, Source> || all.rows - first > 1;
   if (all.wants_norms()) {
-    set_products_of_query<Keys, asks_beside_norms, true>(first, key, all);
-  } else if (!asks && asks_in_heads<Scalar, Source, false>(all.rows - first)) {
-    set_products_of_query<Keys, packets_are_lines, false>(first, key, all);
+    set_products_of_query<Keys, asks || asks_beside_work, true>(first, key, all);
+  } else if (has_work_beside) {
+    set_products_of_query<Keys, asks || asks_beside_work, false>(first, key, all);
   } else {
     set_products_of_query<Keys, asks, false>(first, key, all);
   }
