@@ -1,5 +1,5 @@
 // Products with rows as they lie in memory give exactly what plain loops give, on whole numbers, which
-// no rounding touches, for one head and several.
+// no rounding touches, for one head and several; and the same bits for a key wherever it stands.
 #include <algorithm>
 #include <surfattn/detail/simd/streaming.hpp>
 
@@ -22,47 +22,100 @@ struct Sizes {
   Index heads, rows, keys, width;
 };
 
-/// Queries and results end with whole packets: `padded` columns for each head.
+/// Queries end with whole packets, as many columns as this for each head.
+template <class Scalar>
+Index padded_width(Index width) {
+  return simd::rounded_up(std::max<Index>(width, 1), simd::lanes<Scalar>);
+}
+
+/// Whether norms can be had beside products.
+bool can_have_norms(const Sizes& size) { return simd::rows_in_blocks(size.rows) == 0; }
+
+/// Products, those of a head below those of the one before, and norms, one row for each head: a column more
+/// than there are keys, which keeps its 77.
+template <class Scalar>
+struct Products {
+  Matrix<Scalar> products, norms;
+};
+
 template <class Scalar, class Source>
-void check_dot_products(const Sizes& size, std::mt19937_64& random) {
+Products<Scalar> dot_products(const Sizes& size, bool wants_norms, const Matrix<Scalar>& q,
+                              const Matrix<Source>& k) {
   const auto [heads, rows, keys, width] = size;
-  const Index padded = simd::rounded_up(std::max<Index>(width, 1), simd::lanes<Scalar>);
-  Matrix<Scalar> q = Matrix<Scalar>::Zero(rows, heads * padded);
-  for (Index head = 0; head < heads; ++head)
-    q.middleCols(head * padded, width) = whole_numbers<Scalar>(rows, width, random);
-  const Matrix<Source> k = whole_numbers<Source>(keys, heads * width + 3, random);
-  Matrix<Scalar> products = Matrix<Scalar>::Constant(heads * rows, keys + 1, Scalar(77));
-  Matrix<Scalar> norms = Matrix<Scalar>::Constant(heads, keys + 1, Scalar(77)), beside = norms;
-  const bool has_norms = simd::rows_in_blocks(rows) == 0 && rows > 0;
+  Products<Scalar> result{Matrix<Scalar>::Constant(heads * rows, keys + 1, Scalar(77)),
+                          Matrix<Scalar>::Constant(heads, keys + 1, Scalar(77))};
+  auto& [products, norms] = result;
   simd::ProductAhead<Source> ahead(view(k), {}, rows * keys);
   simd::set_dot_products<Scalar, Source>(
       {heads,
        rows,
        keys,
        width,
-       heads_of<const Scalar>(q, padded),
+       heads_of<const Scalar>(q, padded_width<Scalar>(width)),
        heads_of<const Source>(k, width),
        {{products.data(), products.cols()}, rows * products.cols()},
-       {{has_norms ? beside.data() : nullptr, 0}, beside.cols()}},
+       {{wants_norms ? norms.data() : nullptr, 0}, norms.cols()}},
       ahead);
+  return result;
+}
+
+template <class Scalar, class Source>
+void check_dot_products(const Sizes& size, std::mt19937_64& random) {
+  const auto [heads, rows, keys, width] = size;
+  const Index padded = padded_width<Scalar>(width);
+  Matrix<Scalar> q = Matrix<Scalar>::Zero(rows, heads * padded);
+  for (Index head = 0; head < heads; ++head)
+    q.middleCols(head * padded, width) = whole_numbers<Scalar>(rows, width, random);
+  const Matrix<Source> k = whole_numbers<Source>(keys, heads * width + 3, random);
+  const auto alone = dot_products(size, false, q, k);
   for (Index head = 0; head < heads; ++head) {
     const Matrix<Scalar> of_head = k.middleCols(head * width, width).template cast<Scalar>();
     const Matrix<Scalar> expected =
         q.middleCols(head * padded, width).lazyProduct(of_head.transpose());
-    CHECK(products.block(head * rows, 0, rows, keys) == expected);
-    simd::squared_norms(view(k).block_cols(head * width, width), &norms(head, 0));
-    CHECK(norms.row(head).head(keys).transpose() == of_head.rowwise().squaredNorm());
-    if (has_norms) CHECK(beside.row(head) == norms.row(head));
+    CHECK(alone.products.block(head * rows, 0, rows, keys) == expected);
+    Eigen::Vector<Scalar, Eigen::Dynamic> norms(keys);
+    simd::squared_norms(view(k).block_cols(head * width, width), norms.data());
+    CHECK(norms == of_head.rowwise().squaredNorm());
   }
-  CHECK((products.col(keys).array() == Scalar(77)).all());
-  CHECK((norms.col(keys).array() == Scalar(77)).all());
-  CHECK((beside.col(keys).array() == Scalar(77)).all());
+  CHECK((alone.products.col(keys).array() == Scalar(77)).all());
+  CHECK((alone.norms.array() == Scalar(77)).all());
+  if (!can_have_norms(size)) return;
+  const auto both = dot_products(size, true, q, k);
+  CHECK(both.products == alone.products);
+  for (Index head = 0; head < heads; ++head) {
+    const Matrix<Scalar> of_head = k.middleCols(head * width, width).template cast<Scalar>();
+    CHECK(both.norms.row(head).head(keys).transpose() == of_head.rowwise().squaredNorm());
+  }
+  CHECK((both.norms.col(keys).array() == Scalar(77)).all());
+}
+
+/// Whether all numbers of a row are the first, bit by bit.
+template <class Derived>
+bool all_equal(const Eigen::MatrixBase<Derived>& row) {
+  return (row.array() == row(0)).all();
+}
+
+/// Keys that are equal, of numbers that are rounded.
+template <class Scalar, class Source>
+void check_equal_keys(const Sizes& size, std::mt19937_64& random) {
+  const auto [heads, rows, keys, width] = size;
+  const Matrix<Scalar> q =
+      surfattn::test::random_matrix<Scalar>(rows, heads * padded_width<Scalar>(width), random);
+  const Matrix<Source> key =
+      surfattn::test::random_matrix<float>(1, heads * width, random).template cast<Source>();
+  const Matrix<Source> k = key.replicate(keys, 1);
+  for (const bool wants_norms : {false, true}) {
+    if (wants_norms && !can_have_norms(size)) continue;
+    const auto result = dot_products(size, wants_norms, q, k);
+    for (Index i = 0; i < heads * rows; ++i) CHECK(all_equal(result.products.row(i).head(keys)));
+    for (Index head = 0; head < heads; ++head) CHECK(all_equal(result.norms.row(head).head(keys)));
+  }
 }
 
 template <class Scalar, class Source>
 void check_rows_products(const Sizes& size, simd::Store mode, std::mt19937_64& random) {
   const auto [heads, rows, depth, width] = size;
-  const Index padded = simd::rounded_up(std::max<Index>(width, 1), simd::lanes<Scalar>);
+  const Index padded = padded_width<Scalar>(width);
   const Matrix<Scalar> a = whole_numbers<Scalar>(rows, heads * depth, random);
   const Matrix<Source> b = whole_numbers<Source>(depth, heads * width + 3, random);
   const Matrix<Scalar> first = whole_numbers<Scalar>(rows, heads * padded + 1, random);
@@ -107,12 +160,14 @@ void check_all() {
     check_dot_products<Scalar, Source>(size, random);
     check_rows_products<Scalar, Source>(size, simd::Store::set, random);
     check_rows_products<Scalar, Source>(size, simd::Store::add, random);
+    check_equal_keys<Scalar, Source>(size, random);
   });
 }
 
 }  // namespace
 
-TEST_CASE("products with rows as they lie are those of plain loops") {
+TEST_CASE(
+    "products with rows as they lie are those of plain loops, and equal keys have equal ones") {
   SECTION("float") { check_all<float, float>(); }
   SECTION("double") { check_all<double, double>(); }
   SECTION("long double") { check_all<long double, long double>(); }

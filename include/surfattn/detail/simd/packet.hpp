@@ -288,6 +288,21 @@ SURFATTN_ALWAYS_INLINE void store_sums(Scalar* to, const Packet<Scalar>& a, cons
   }
 }
 
+/// The sums of `Count` packets, up to four, to as many numbers: the same bits for a packet alone as among
+/// others.
+template <class Scalar, int Count>
+SURFATTN_ALWAYS_INLINE void store_sums(Scalar* to, const Packet<Scalar> (&packets)[Count]) {
+  static_assert(Count <= 4);
+  if constexpr (Count == 4) {
+    store_sums<Scalar>(to, packets[0], packets[1], packets[2], packets[3]);
+  } else {
+    Scalar sums[4];
+    store_sums<Scalar>(sums, packets[0], packets[1 % Count], packets[2 % Count], packets[0]);
+    SURFATTN_UNROLL
+    for (int n = 0; n < Count; ++n) to[n] = sums[n];
+  }
+}
+
 /// Lane by lane: a = 0 ? 0 : otherwise.
 template <class Scalar>
 SURFATTN_ALWAYS_INLINE Packet<Scalar> zero_where_zero(Packet<Scalar> a, Packet<Scalar> otherwise) {

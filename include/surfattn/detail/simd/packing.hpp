@@ -226,20 +226,6 @@ bool are_finite(MatrixView<const Source> rows) {
   return sum(zeros) == Scalar(0);
 }
 
-/// The sums of `Rows` packets, to `Rows` numbers side by side: the same bits for 4 at once as for each
-/// of them.
-template <class Scalar, int Rows>
-SURFATTN_ALWAYS_INLINE void store_row_sums(Scalar* to, const Packet<Scalar> (&packets)[Rows]) {
-  if constexpr (Rows == 4) {
-    store_sums(to, packets[0], packets[1], packets[2], packets[3]);
-  } else {
-    static_assert(Rows == 1);
-    Scalar sums[4];
-    store_sums(sums, packets[0], packets[0], packets[0], packets[0]);
-    to[0] = sums[0];
-  }
-}
-
 /// Calls step(take, c) for every packet of columns from c on, up to `end`, where take(view, row, c) loads
 /// it, with zeros beyond the `cols` columns of the view.
 template <class Scalar, class Step>
@@ -272,7 +258,7 @@ SURFATTN_ALWAYS_INLINE void row_sums(bool are_contiguous, Index cols, Index end,
     SURFATTN_UNROLL
     for (int i = 0; i < Rows; ++i) sums[i] = step(take, i, c, sums[i]);
   });
-  store_row_sums(to, sums);
+  store_sums<Scalar>(to, sums);
 }
 
 /// Calls use(first, count) with 4 or 1, as a constant, for runs of rows that make up all `rows`.

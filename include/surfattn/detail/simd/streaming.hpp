@@ -170,12 +170,7 @@ struct DotSums {
       SURFATTN_UNROLL
       for (int n = Keys; n < Chains * Keys; ++n)
         products[n % Keys] = simd::add(products[n % Keys], sums[n / Keys][i][n % Keys]);
-      if constexpr (Keys == 4) {
-        store_sums<Scalar>(to.row(i), products[0], products[1], products[2], products[3]);
-      } else {
-        SURFATTN_UNROLL
-        for (int j = 0; j < Keys; ++j) to.row(i)[j] = sum(products[j]);
-      }
+      store_sums<Scalar>(to.row(i), products);
     }
   }
 };
