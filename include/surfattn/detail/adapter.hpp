@@ -28,19 +28,38 @@ inline void check_workspace(const Require& require, const Workspace& workspace,
                std::to_string(needed) + " (see workspace_size)");
 }
 
-/// Binds terms to the sequences of a batch, once to check them and again by whoever computes one.
+/// Gives the terms of a sequence, for whoever computes one: refers to terms that the caller holds.
 template <class... Terms>
-auto term_binder(const Shape& batch, const Require& require, const Terms&... terms) {
-  auto bind = [&](const Shape& sequence) {
-    return bind_terms(sequence, require.about(sequence), terms...);
-  };
-  for (Index s = 0; s < batch.sequences.count(); ++s) bind(batch.of_sequence(s));
-  return bind;
+class TermBinder {
+ public:
+  /// Checks the terms against every sequence of the batch.
+  TermBinder(const Shape& batch, const Require& require, const Terms&... terms)
+      : require_(require), terms_(terms...) {
+    for (Index s = 0; s < batch.sequences.count(); ++s) (*this)(batch.of_sequence(s));
+  }
+
+  SURFATTN_NEVER_INLINE auto operator()(const Shape& sequence) const {
+    return std::apply(
+        [&](const Terms&... terms) {
+          return bind_terms(sequence, require_.about(sequence), terms...);
+        },
+        terms_);
+  }
+
+ private:
+  const Require& require_;
+  std::tuple<const Terms&...> terms_;
+};
+
+template <class... Terms>
+TermBinder<Terms...> term_binder(const Shape& batch, const Require& require,
+                                 const Terms&... terms) {
+  return {batch, require, terms...};
 }
 
 /// The same, and checks what the terms ask of the scores: that kernels of the distance get distances.
 template <class Scalar, class... Terms>
-auto term_binder(const Operands<Scalar>& batch, const Require& require, const Terms&... terms) {
+TermBinder<Terms...> term_binder(const Operands<Scalar>& batch, const Require& require, const Terms&... terms) {
   constexpr bool has_kernel = (DistanceKernel<Terms> || ...);
   if (has_kernel && !batch.scores_are_distances()) {
     require.fail(

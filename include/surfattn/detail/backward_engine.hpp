@@ -437,7 +437,7 @@ struct BackwardPlan {
     bytes_per_worker_ = counter.used();
   }
 
-  std::size_t shared_bytes() const {
+  SURFATTN_NEVER_INLINE std::size_t shared_bytes() const {
     Arena counter;
     turns_in(counter);
     TermSums<Accumulator>(sums).take(counter);
@@ -448,7 +448,7 @@ struct BackwardPlan {
   Turn* turns_in(Arena& shared) const { return shared.take<Turn>(items); }
 
   /// The sums, in the memory that all workers share.
-  TermSums<Accumulator> sums_in(Arena shared) const {
+  SURFATTN_NEVER_INLINE TermSums<Accumulator> sums_in(Arena shared) const {
     turns_in(shared);
     TermSums<Accumulator> placed = sums;
     placed.take(shared);

@@ -174,7 +174,7 @@ struct ForwardPlan {
         items(shape.key_value_heads * blocks(shape.queries, tiling.block)) {}
 
   std::size_t shared_bytes() const { return 0; }
-  std::size_t bytes_per_worker() const {
+  SURFATTN_NEVER_INLINE std::size_t bytes_per_worker() const {
     Arena counter;
     ForwardBuffers<Scalar>(counter, shape, tiling);
     return counter.used();

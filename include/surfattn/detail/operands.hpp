@@ -93,7 +93,7 @@ struct Operands {
   }
 
   /// The problem of one sequence of the batch.
-  Operands of_sequence(Index index) const {
+  SURFATTN_NEVER_INLINE Operands of_sequence(Index index) const {
     Operands one = *this;
     one.shape = shape.of_sequence(index);
     one.queries = query_rows(queries, one.shape);
@@ -128,7 +128,7 @@ struct ForwardOutputs {
   /// absent where nobody asked for it
   std::optional<MatrixView<accumulator_t<Scalar>>> log_sum_exp;
 
-  ForwardOutputs of_sequence(const Shape& sequence) const {
+  SURFATTN_NEVER_INLINE ForwardOutputs of_sequence(const Shape& sequence) const {
     ForwardOutputs one{query_rows(out, sequence), {}};
     if (log_sum_exp) one.log_sum_exp = query_rows(*log_sum_exp, sequence);
     return one;
@@ -152,7 +152,7 @@ struct Upstream {
     return counts ? (*grad_log_sum_exp)(query, head) : Accumulator(0);
   }
 
-  Upstream of_sequence(const Shape& sequence) const {
+  SURFATTN_NEVER_INLINE Upstream of_sequence(const Shape& sequence) const {
     Upstream one{query_rows(out, sequence), query_rows(log_sum_exp, sequence),
                  query_rows(grad_out, sequence)};
     if (grad_log_sum_exp) one.grad_log_sum_exp = query_rows(*grad_log_sum_exp, sequence);
@@ -187,7 +187,7 @@ struct GradientOutputs {
   /// where blocks of keys add up dQ: `queries` itself, unless its numbers are too short for sums
   MatrixView<accumulator_t<Scalar>> query_sums = {};
 
-  GradientOutputs of_sequence(const Shape& sequence) const {
+  SURFATTN_NEVER_INLINE GradientOutputs of_sequence(const Shape& sequence) const {
     GradientOutputs one{query_rows(queries, sequence), key_rows(keys, sequence), {}, {}};
     if (values) one.values = key_rows(*values, sequence);
     if (key_bias) one.key_bias = key_rows(*key_bias, sequence);

@@ -55,7 +55,7 @@ struct Shape {
   Index longest_keys = 0;
 
   /// The part of the batch that is one sequence.
-  Shape of_sequence(Index index) const {
+  SURFATTN_NEVER_INLINE Shape of_sequence(Index index) const {
     Shape one = *this;
     one.sequence = index;
     one.first_query = offset(sequences.query_offsets(), queries, index);

@@ -57,7 +57,7 @@ struct StreamPlan {
   }
 
  private:
-  std::size_t bytes_per_item() const {
+  SURFATTN_NEVER_INLINE std::size_t bytes_per_item() const {
     Arena counter;
     SoftmaxRows<Accumulator>(counter, rows(), shape.value_dim);
     return counter.used();
@@ -93,7 +93,7 @@ struct StreamBuffers {
 };
 
 template <class Scalar>
-StreamPlan<Scalar>::StreamPlan(const Shape& sequence) : shape(sequence) {
+SURFATTN_NEVER_INLINE StreamPlan<Scalar>::StreamPlan(const Shape& sequence) : shape(sequence) {
   // A run of tokens, keys and values, and the next one stay in the second-level cache, and one head's
   // rows of it fit the first-level cache.
   const Index width = shape.key_value_heads * (shape.head_dim + shape.value_dim);
@@ -106,7 +106,7 @@ StreamPlan<Scalar>::StreamPlan(const Shape& sequence) : shape(sequence) {
 }
 
 template <class Scalar>
-std::size_t StreamPlan<Scalar>::bytes_per_worker() const {
+SURFATTN_NEVER_INLINE std::size_t StreamPlan<Scalar>::bytes_per_worker() const {
   Arena counter;
   StreamBuffers<Accumulator>(counter, shape, run);
   return counter.used();

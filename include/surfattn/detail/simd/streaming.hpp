@@ -19,7 +19,8 @@
 /// - Loops are small functions of their own. In a large one compilers run out of registers for
 ///   addresses and keep some in vector registers, where they queue behind sums that wait for memory.
 /// - Loops of a single query over packets or rows take four in a turn: keys that are values are then read
-///   in a tenth less time on Zen 5, and so are keys by packets of half a line.
+///   in a tenth less time on Zen 5, and so are keys by packets of half a line. Rows of 16 packets are
+///   long enough one at a time.
 namespace surfattn::detail::simd {
 
 /// Fewer rows of queries are taken one by one.
@@ -410,7 +411,7 @@ SURFATTN_NEVER_INLINE void set_packets_of_row(Index row, Index col,
       }
       ++k, from += b.stride;
     };
-    while (k + 4 <= all.depth) {
+    while (Packets < 16 && k + 4 <= all.depth) {
       add(), add();
       add(), add();
     }
