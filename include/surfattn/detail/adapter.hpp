@@ -59,7 +59,8 @@ TermBinder<Terms...> term_binder(const Shape& batch, const Require& require,
 
 /// The same, and checks what the terms ask of the scores: that kernels of the distance get distances.
 template <class Scalar, class... Terms>
-TermBinder<Terms...> term_binder(const Operands<Scalar>& batch, const Require& require, const Terms&... terms) {
+TermBinder<Terms...> term_binder(const Operands<Scalar>& batch, const Require& require,
+                                 const Terms&... terms) {
   constexpr bool has_kernel = (DistanceKernel<Terms> || ...);
   if (has_kernel && !batch.scores_are_distances()) {
     require.fail(

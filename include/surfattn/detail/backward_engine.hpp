@@ -126,119 +126,45 @@ struct Turns {
   }
 };
 
-/// One block of keys of one key/value head, against all queries of all query heads that share it.
-/// Weights are recomputed from the log-sum-exp, as in FlashAttention (Dao et al. 2022,
-/// arXiv:2205.14135, Algorithm 4). For each tile, each line beside the forward line that it
-/// differentiates:
-///
-///     S = scale·Q·Kᵀ + b,       W = exp(S − L)
-///     O = W·V                   dP = dO·Vᵀ,   dV += Wᵀ·dO
-///     W = softmax(S)            dS = W∘(dP − D),   D_i = dO_i·O_i − dL_i
-///     b_j                       c_j += Σ_i dS_ij
-///     S = scale·Q·Kᵀ            dQ += scale·dS·K,   dK += dSᵀ·(scale·Q)
-///     b_j = w‖k_j‖² + …         dk_j += 2w·c_j·k_j     (once, at the end)
-///
-/// where the values are the keys, dV is added into dK.
-template <class Scalar, class Terms>
-class BackwardTask {
+/// What is done for a block of keys whatever the terms are: what is loaded and packed, and the gradients
+/// that leave it. Compiled once for all terms.
+template <class Scalar>
+class BackwardBlock {
+ protected:
   using Accumulator = accumulator_t<Scalar>;
 
- public:
-  BackwardTask(const Operands<Scalar>& operands, const Terms& terms, const Tiling& tiling,
-               const Upstream<Scalar>& upstream, const GradientOutputs<Scalar>& gradients,
-               BackwardBuffers<Accumulator>& buffers, const TermTask<Scalar, Terms>& term_task,
-               Index key_value_head, Index first_key, Turns turns)
+  BackwardBlock(const Operands<Scalar>& operands, const Tiling& tiling,
+                const Upstream<Scalar>& upstream, const GradientOutputs<Scalar>& gradients,
+                BackwardBuffers<Accumulator>& buffers, Index key_value_head, Index first_key,
+                Turns turns)
       : operands_(operands),
         shape_(operands.shape),
-        terms_(terms),
         tiling_(tiling),
         upstream_(upstream),
         gradients_(gradients),
         buffers_(buffers),
-        term_task_(term_task),
         key_value_head_(key_value_head),
         first_key_(first_key),
         turns_(turns),
         keys_(std::min(tiling.block, operands.shape.keys - first_key)) {}
 
-  void run() {
-    load_keys();
-    const Index runs = blocks(shape_.queries, tiling_.query_tile);
-    for (Index turn = 0; turn < shape_.group() * runs; ++turn) {
-      const Index first_query = turn % runs * tiling_.query_tile;
-      visit_queries(key_value_head_ * shape_.group() + turn / runs, first_query,
-                    std::min(tiling_.query_tile, shape_.queries - first_query), turn);
-    }
-    store_keys();
-  }
-
- private:
   Index first_key_of(Index key_tile) const { return first_key_ + key_tile * tiling_.key_tile; }
   Index keys_of(Index key_tile) const {
     return std::min(tiling_.key_tile, keys_ - key_tile * tiling_.key_tile);
   }
   Index key_tiles() const { return blocks(keys_, tiling_.key_tile); }
 
-  MatrixView<const Scalar> key_rows(Index key_tile) const {
-    return operands_.key_head(key_value_head_)
-        .block_rows(first_key_of(key_tile), keys_of(key_tile));
-  }
-
   void load_keys() {
     for (Index n = 0; n < key_tiles(); ++n) load_key_tile(n, buffers_.key_tiles[n]);
   }
 
-  void load_key_tile(Index n, KeyTileBuffers<Accumulator>& tile) {
-    const Index keys = keys_of(n);
-    const auto rows = key_rows(n);
-    simd::pack_transposed(rows, tile.transposed_keys);
-    keys_of_tile_[n] = pack_row_operand(rows, Accumulator(1), tile.key_panels, tile.non_finite_keys,
-                                        start_key_bias(operands_, keys, tile.key_bias));
-    finish_key_bias(operands_, key_value_head_, first_key_of(n), keys, tile.key_bias);
-    std::fill(tile.grad_keys, tile.grad_keys + keys * buffers_.key_stride, Accumulator(0));
-    std::fill(tile.grad_key_bias, tile.grad_key_bias + simd::padded<Accumulator>(keys),
-              Accumulator(0));
-    if (operands_.values_are_keys) return;
-    simd::pack_transposed(operands_.value_head(key_value_head_).block_rows(first_key_of(n), keys),
-                          tile.transposed_values);
-    std::fill(tile.grad_values, tile.grad_values + keys * buffers_.value_stride, Accumulator(0));
-  }
-
-  /// All tiles of one run of queries. The queries are packed when the first tile that is not empty
-  /// needs them.
-  void visit_queries(Index head, Index first_query, Index queries, Index turn) {
-    bool packed = false;
-    for (Index n = 0; n < key_tiles(); ++n) {
-      const Tile whole{head, first_query, queries, first_key_of(n), keys_of(n)};
-      terms_.each_part(whole, simd::left_width<Accumulator>, simd::panel_width<Accumulator>,
-                       [&](const Tile& tile, Coverage coverage) {
-                         if (!packed) load_queries(whole);
-                         packed = true;
-                         visit_tile(tile, coverage, tile.first_query - first_query, n);
-                       });
-    }
-    turns_.wait_for(turn);
-    if (packed) add_to_grad_queries(head, first_query, queries);
-    if (packed) term_task_.end_run(head, first_query, queries);
-    wait_for_same_keys(
-        first_query);  // tile or no tile, so that whoever waits for this waits for all
-    turns_.pass(turn);
-  }
-
-  MatrixView<const Scalar> query_rows(const Tile& tile) const {
-    return operands_.query_head(tile.head).block_rows(tile.first_query, tile.queries);
-  }
-
-  MatrixView<const Scalar> out_rows(MatrixView<const Scalar> outs, const Tile& tile) const {
-    return outs.block_cols(tile.head * shape_.value_dim, shape_.value_dim)
-        .block_rows(tile.first_query, tile.queries);
-  }
-
-  void load_queries(const Tile& run) {
+  /// `norms_stand_beside`: the scores of the softmax do not hold the norms of the queries.
+  void load_queries(const Tile& run, bool norms_stand_beside) {
     const auto queries = query_rows(run);
     const auto grad_out = out_rows(upstream_.grad_out, run);
     simd::pack_left(queries, log2_scale(operands_), buffers_.queries.columns);
-    Accumulator* const norms = start_offsets<Terms>(operands_, run.queries, buffers_.log_sum_exp);
+    Accumulator* const norms =
+        start_offsets(operands_, norms_stand_beside, run.queries, buffers_.log_sum_exp);
     queries_of_run_ = pack_row_operand(queries, operands_.scale, buffers_.queries.panels,
                                        buffers_.queries.non_finite, norms);
     if (norms) weigh_query_norms(operands_, run.queries, norms);
@@ -248,68 +174,8 @@ class BackwardTask {
     grad_out_of_run_ = pack_row_operand(grad_out, Accumulator(1), buffers_.grad_out.panels,
                                         buffers_.grad_out.non_finite);
     load_deltas(run, grad_out, out_rows(upstream_.out, run));
-    term_task_.begin_run(run.queries);
     std::fill(buffers_.grad_queries, buffers_.grad_queries + run.queries * buffers_.key_stride,
               Accumulator(0));
-  }
-
-  /// D_i = dO_i·O_i − dL_i.
-  void load_deltas(const Tile& tile, MatrixView<const Scalar> grad_out,
-                   MatrixView<const Scalar> out) {
-    simd::row_products(grad_out, out, buffers_.delta);
-    for (Index i = 0; upstream_.grad_log_sum_exp && i < tile.queries; ++i)
-      buffers_.delta[i] -= upstream_.grad_log_sum_exp_of(tile.first_query + i, tile.head);
-  }
-
-  /// `row` is the tile's first row within the run of queries.
-  void visit_tile(const Tile& tile, Coverage coverage, Index row, Index key_tile) {
-    const KeyTileBuffers<Accumulator>& keys = buffers_.key_tiles[key_tile];
-    const Index offset = tile.first_key - first_key_of(key_tile);  // a whole number of panels
-    const simd::Tile<Accumulator> weights{buffers_.weights, buffers_.score_stride};
-    const simd::Tile<Accumulator> grad_scores{buffers_.grad_scores, buffers_.score_stride};
-    score_tile(tile, shape_.head_dim,
-               simd::packed_left(buffers_.queries.columns, shape_.head_dim, row, tile.queries),
-               keys.transposed_keys + offset * shape_.head_dim, keys.key_bias + offset, weights);
-    finish_scores(operands_, terms_, tile, weights, term_task_.records());
-    const Index value_depth = operands_.values_are_keys ? shape_.head_dim : shape_.value_dim;
-    simd::set_product<Accumulator>(
-        tile.queries, tile.keys, shape_.value_dim,
-        simd::packed_left(buffers_.grad_out.columns, shape_.value_dim, row, tile.queries),
-        {keys.transposed_values + offset * value_depth,
-         value_depth * simd::panel_width<Accumulator>},
-        grad_scores);
-    term_task_.drop_gradients(tile, grad_scores);
-    Accumulator* const bias_gradient = wants_key_bias() ? keys.grad_key_bias + offset : nullptr;
-    const bool is_final = is_left_by_softmax(tile, coverage, key_tile, offset);
-    differentiate_softmax(tile, row, weights, grad_scores, is_final ? bias_gradient : nullptr);
-    if (coverage == Coverage::partial) {
-      // By selection, and last: a row whose score is NaN in sight of one key has NaN for every weight.
-      terms_.hide(tile, weights.data, weights.row_stride, Accumulator(0));
-      terms_.hide(tile, grad_scores.data, grad_scores.row_stride, Accumulator(0));
-    }
-    term_task_.drop_weights(tile, weights);
-    term_task_.differentiate(tile, row, grad_scores, [&] { wait_for_same_keys(tile.first_query); });
-    for (Index i = 0; bias_gradient && !is_final && i < tile.queries; ++i)
-      simd::add_row(grad_scores.from(i).data, bias_gradient, tile.keys);
-    add_to_gradients(tile, row, weights, grad_scores, key_tile, offset);
-  }
-
-  /// Whether dS stays as the softmax leaves it, and the columns that pad it stand for no other keys.
-  bool is_left_by_softmax(const Tile& tile, Coverage coverage, Index key_tile, Index offset) const {
-    return coverage == Coverage::full && !Terms::modifies_scores &&
-           (tile.keys % simd::panel_width<Accumulator> == 0 ||
-            offset + tile.keys == keys_of(key_tile));
-  }
-
-  bool wants_key_bias() const {
-    return gradients_.key_bias || operands_.key_norm_weight != Accumulator(0);
-  }
-
-  /// Returns when the item before this one at the same keys has passed these queries with all its
-  /// query heads.
-  void wait_for_same_keys(Index first_query) const {
-    const Index runs = blocks(shape_.queries, tiling_.query_tile);
-    turns_.wait_for_same_keys((shape_.group() - 1) * runs + first_query / tiling_.query_tile);
   }
 
   /// S → W = 2^(S − L) and dP → dS = W∘(dP − D), in place, and c_j += Σ_i dS_ij where there is a place
@@ -324,21 +190,15 @@ class BackwardTask {
     }
   }
 
-  void add_to_gradients(const Tile& tile, Index row, simd::Tile<Accumulator> weights,
-                        simd::Tile<Accumulator> grad_scores, Index key_tile, Index offset) {
-    const KeyTileBuffers<Accumulator>& keys = buffers_.key_tiles[key_tile];
-    const Index value_stride =
-        operands_.values_are_keys ? buffers_.key_stride : buffers_.value_stride;
-    // dQ += dS·K, still without the scale
-    add_weighted_rows<false>(
-        terms_, tile, grad_scores, keys_of_tile_[key_tile], offset,
-        {buffers_.grad_queries + row * buffers_.key_stride, buffers_.key_stride});
-    // dV += Wᵀ·dO
-    add_weighted_rows<true>(terms_, tile, weights, grad_out_of_run_, row,
-                            {keys.grad_values + offset * value_stride, value_stride});
-    // dK += dSᵀ·(scale·Q)
-    add_weighted_rows<true>(terms_, tile, grad_scores, queries_of_run_, row,
-                            {keys.grad_keys + offset * buffers_.key_stride, buffers_.key_stride});
+  /// Returns when the item before this one at the same keys has passed these queries with all its
+  /// query heads.
+  void wait_for_same_keys(Index first_query) const {
+    const Index runs = blocks(shape_.queries, tiling_.query_tile);
+    turns_.wait_for_same_keys((shape_.group() - 1) * runs + first_query / tiling_.query_tile);
+  }
+
+  bool wants_key_bias() const {
+    return gradients_.key_bias || operands_.key_norm_weight != Accumulator(0);
   }
 
   void add_to_grad_queries(Index head, Index first_query, Index queries) {
@@ -369,6 +229,57 @@ class BackwardTask {
     }
   }
 
+  const Operands<Scalar>& operands_;
+  const Shape& shape_;
+  const Tiling& tiling_;
+  const Upstream<Scalar>& upstream_;
+  const GradientOutputs<Scalar>& gradients_;
+  BackwardBuffers<Accumulator>& buffers_;
+  Index key_value_head_;
+  Index first_key_;
+  Turns turns_;
+  RowOperand<Scalar> keys_of_tile_[BackwardBuffers<Accumulator>::max_key_tiles]{};
+  RowOperand<Scalar> queries_of_run_{}, grad_out_of_run_{};
+
+ private:
+  MatrixView<const Scalar> key_rows(Index key_tile) const {
+    return operands_.key_head(key_value_head_)
+        .block_rows(first_key_of(key_tile), keys_of(key_tile));
+  }
+
+  void load_key_tile(Index n, KeyTileBuffers<Accumulator>& tile) {
+    const Index keys = keys_of(n);
+    const auto rows = key_rows(n);
+    simd::pack_transposed(rows, tile.transposed_keys);
+    keys_of_tile_[n] = pack_row_operand(rows, Accumulator(1), tile.key_panels, tile.non_finite_keys,
+                                        start_key_bias(operands_, keys, tile.key_bias));
+    finish_key_bias(operands_, key_value_head_, first_key_of(n), keys, tile.key_bias);
+    std::fill(tile.grad_keys, tile.grad_keys + keys * buffers_.key_stride, Accumulator(0));
+    std::fill(tile.grad_key_bias, tile.grad_key_bias + simd::padded<Accumulator>(keys),
+              Accumulator(0));
+    if (operands_.values_are_keys) return;
+    simd::pack_transposed(operands_.value_head(key_value_head_).block_rows(first_key_of(n), keys),
+                          tile.transposed_values);
+    std::fill(tile.grad_values, tile.grad_values + keys * buffers_.value_stride, Accumulator(0));
+  }
+
+  MatrixView<const Scalar> query_rows(const Tile& tile) const {
+    return operands_.query_head(tile.head).block_rows(tile.first_query, tile.queries);
+  }
+
+  MatrixView<const Scalar> out_rows(MatrixView<const Scalar> outs, const Tile& tile) const {
+    return outs.block_cols(tile.head * shape_.value_dim, shape_.value_dim)
+        .block_rows(tile.first_query, tile.queries);
+  }
+
+  /// D_i = dO_i·O_i − dL_i.
+  void load_deltas(const Tile& tile, MatrixView<const Scalar> grad_out,
+                   MatrixView<const Scalar> out) {
+    simd::row_products(grad_out, out, buffers_.delta);
+    for (Index i = 0; upstream_.grad_log_sum_exp && i < tile.queries; ++i)
+      buffers_.delta[i] -= upstream_.grad_log_sum_exp_of(tile.first_query + i, tile.head);
+  }
+
   /// dk_j += 2w·c_j·k_j. A key that nobody sees has c_j = 0, and then whatever it holds must not
   /// come through.
   void add_norm_gradient(Index n, KeyTileBuffers<Accumulator>& tile) {
@@ -389,20 +300,140 @@ class BackwardTask {
     simd::write_rows<simd::Store::set>(from, stride, to, [](Index) { return Accumulator(1); });
   }
 
-  const Operands<Scalar>& operands_;
-  const Shape& shape_;
-  const Terms& terms_;
-  const Tiling& tiling_;
-  const Upstream<Scalar>& upstream_;
-  const GradientOutputs<Scalar>& gradients_;
-  BackwardBuffers<Accumulator>& buffers_;
-  const TermTask<Scalar, Terms>& term_task_;
-  Index key_value_head_;
-  Index first_key_;
-  Turns turns_;
   Index keys_;
-  RowOperand<Scalar> keys_of_tile_[BackwardBuffers<Accumulator>::max_key_tiles]{};
-  RowOperand<Scalar> queries_of_run_{}, grad_out_of_run_{};
+};
+
+/// One block of keys of one key/value head, against all queries of all query heads that share it.
+/// Weights are recomputed from the log-sum-exp, as in FlashAttention (Dao et al. 2022,
+/// arXiv:2205.14135, Algorithm 4). For each tile, each line beside the forward line that it
+/// differentiates:
+///
+///     S = scale·Q·Kᵀ + b,       W = exp(S − L)
+///     O = W·V                   dP = dO·Vᵀ,   dV += Wᵀ·dO
+///     W = softmax(S)            dS = W∘(dP − D),   D_i = dO_i·O_i − dL_i
+///     b_j                       c_j += Σ_i dS_ij
+///     S = scale·Q·Kᵀ            dQ += scale·dS·K,   dK += dSᵀ·(scale·Q)
+///     b_j = w‖k_j‖² + …         dk_j += 2w·c_j·k_j     (once, at the end)
+///
+/// where the values are the keys, dV is added into dK.
+template <class Scalar, class Terms>
+class BackwardTask : BackwardBlock<Scalar> {
+  using Block = BackwardBlock<Scalar>;
+  using Accumulator = accumulator_t<Scalar>;
+
+ public:
+  BackwardTask(const Operands<Scalar>& operands, const Terms& terms, const Tiling& tiling,
+               const Upstream<Scalar>& upstream, const GradientOutputs<Scalar>& gradients,
+               BackwardBuffers<Accumulator>& buffers, const TermTask<Scalar, Terms>& term_task,
+               Index key_value_head, Index first_key, Turns turns)
+      : Block(operands, tiling, upstream, gradients, buffers, key_value_head, first_key, turns),
+        terms_(terms),
+        term_task_(term_task) {}
+
+  void run() {
+    this->load_keys();
+    const Index runs = blocks(shape_.queries, tiling_.query_tile);
+    for (Index turn = 0; turn < shape_.group() * runs; ++turn) {
+      const Index first_query = turn % runs * tiling_.query_tile;
+      visit_queries(key_value_head_ * shape_.group() + turn / runs, first_query,
+                    std::min(tiling_.query_tile, shape_.queries - first_query), turn);
+    }
+    this->store_keys();
+  }
+
+ private:
+  using Block::buffers_, Block::first_key_of, Block::grad_out_of_run_, Block::key_tiles,
+      Block::key_value_head_, Block::keys_of, Block::keys_of_tile_, Block::operands_,
+      Block::queries_of_run_, Block::shape_, Block::tiling_, Block::turns_;
+
+  /// All tiles of one run of queries. The queries are packed when the first tile that is not empty
+  /// needs them.
+  void visit_queries(Index head, Index first_query, Index queries, Index turn) {
+    bool packed = false;
+    for (Index n = 0; n < key_tiles(); ++n) {
+      const Tile whole{head, first_query, queries, first_key_of(n), keys_of(n)};
+      terms_.each_part(whole, simd::left_width<Accumulator>, simd::panel_width<Accumulator>,
+                       [&](const Tile& tile, Coverage coverage) {
+                         if (!packed) load_queries(whole);
+                         packed = true;
+                         visit_tile(tile, coverage, tile.first_query - first_query, n);
+                       });
+    }
+    turns_.wait_for(turn);
+    if (packed) this->add_to_grad_queries(head, first_query, queries);
+    if (packed) term_task_.end_run(head, first_query, queries);
+    // Tile or no tile, so that whoever waits for this waits for all.
+    this->wait_for_same_keys(first_query);
+    turns_.pass(turn);
+  }
+
+  void load_queries(const Tile& run) {
+    Block::load_queries(run, !Terms::needs_whole_scores);
+    term_task_.begin_run(run.queries);
+  }
+
+  /// `row` is the tile's first row within the run of queries.
+  void visit_tile(const Tile& tile, Coverage coverage, Index row, Index key_tile) {
+    const KeyTileBuffers<Accumulator>& keys = buffers_.key_tiles[key_tile];
+    const Index offset = tile.first_key - first_key_of(key_tile);  // a whole number of panels
+    const simd::Tile<Accumulator> weights{buffers_.weights, buffers_.score_stride};
+    const simd::Tile<Accumulator> grad_scores{buffers_.grad_scores, buffers_.score_stride};
+    score_tile(tile, shape_.head_dim,
+               simd::packed_left(buffers_.queries.columns, shape_.head_dim, row, tile.queries),
+               keys.transposed_keys + offset * shape_.head_dim, keys.key_bias + offset, weights);
+    finish_scores(operands_, terms_, tile, weights, term_task_.records());
+    const Index value_depth = operands_.values_are_keys ? shape_.head_dim : shape_.value_dim;
+    simd::set_product<Accumulator>(
+        tile.queries, tile.keys, shape_.value_dim,
+        simd::packed_left(buffers_.grad_out.columns, shape_.value_dim, row, tile.queries),
+        {keys.transposed_values + offset * value_depth,
+         value_depth * simd::panel_width<Accumulator>},
+        grad_scores);
+    term_task_.drop_gradients(tile, grad_scores);
+    Accumulator* const bias_gradient =
+        this->wants_key_bias() ? keys.grad_key_bias + offset : nullptr;
+    const bool is_final = is_left_by_softmax(tile, coverage, key_tile, offset);
+    this->differentiate_softmax(tile, row, weights, grad_scores,
+                                is_final ? bias_gradient : nullptr);
+    if (coverage == Coverage::partial) {
+      // By selection, and last: a row whose score is NaN in sight of one key has NaN for every weight.
+      terms_.hide(tile, weights.data, weights.row_stride, Accumulator(0));
+      terms_.hide(tile, grad_scores.data, grad_scores.row_stride, Accumulator(0));
+    }
+    term_task_.drop_weights(tile, weights);
+    term_task_.differentiate(tile, row, grad_scores,
+                             [&] { this->wait_for_same_keys(tile.first_query); });
+    for (Index i = 0; bias_gradient && !is_final && i < tile.queries; ++i)
+      simd::add_row(grad_scores.from(i).data, bias_gradient, tile.keys);
+    add_to_gradients(tile, row, weights, grad_scores, key_tile, offset);
+  }
+
+  /// Whether dS stays as the softmax leaves it, and the columns that pad it stand for no other keys.
+  bool is_left_by_softmax(const Tile& tile, Coverage coverage, Index key_tile, Index offset) const {
+    return coverage == Coverage::full && !Terms::modifies_scores &&
+           (tile.keys % simd::panel_width<Accumulator> == 0 ||
+            offset + tile.keys == keys_of(key_tile));
+  }
+
+  void add_to_gradients(const Tile& tile, Index row, simd::Tile<Accumulator> weights,
+                        simd::Tile<Accumulator> grad_scores, Index key_tile, Index offset) {
+    const KeyTileBuffers<Accumulator>& keys = buffers_.key_tiles[key_tile];
+    const Index value_stride =
+        operands_.values_are_keys ? buffers_.key_stride : buffers_.value_stride;
+    // dQ += dS·K, still without the scale
+    add_weighted_rows<false>(
+        terms_, tile, grad_scores, keys_of_tile_[key_tile], offset,
+        {buffers_.grad_queries + row * buffers_.key_stride, buffers_.key_stride});
+    // dV += Wᵀ·dO
+    add_weighted_rows<true>(terms_, tile, weights, grad_out_of_run_, row,
+                            {keys.grad_values + offset * value_stride, value_stride});
+    // dK += dSᵀ·(scale·Q)
+    add_weighted_rows<true>(terms_, tile, grad_scores, queries_of_run_, row,
+                            {keys.grad_keys + offset * buffers_.key_stride, buffers_.key_stride});
+  }
+
+  const Terms& terms_;
+  const TermTask<Scalar, Terms>& term_task_;
 };
 
 template <class Scalar>

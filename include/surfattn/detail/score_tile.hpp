@@ -128,13 +128,12 @@ void finish_scores(const Operands<Scalar>& operands, const Terms& terms, const T
 
 /// Where the norms of `count` queries go, if something of them stands beside the scores of the softmax:
 /// into the offsets, which are zeros but for that.
-template <class Terms, class Scalar>
-accumulator_t<Scalar>* start_offsets(const Operands<Scalar>& operands, Index count,
-                                     accumulator_t<Scalar>* offsets) {
+template <class Scalar>
+accumulator_t<Scalar>* start_offsets(const Operands<Scalar>& operands, bool norms_stand_beside,
+                                     Index count, accumulator_t<Scalar>* offsets) {
   using Accumulator = accumulator_t<Scalar>;
   std::fill(offsets, offsets + count, Accumulator(0));
-  const bool has_norms = !Terms::needs_whole_scores && operands.query_norm_weight != Accumulator(0);
-  return has_norms ? offsets : nullptr;
+  return norms_stand_beside && operands.query_norm_weight != Accumulator(0) ? offsets : nullptr;
 }
 
 /// query_norm_weight·‖q_i‖² where the scores of the softmax do not hold it, and else 0, for `count`
@@ -142,7 +141,7 @@ accumulator_t<Scalar>* start_offsets(const Operands<Scalar>& operands, Index cou
 template <class Terms, class Scalar>
 void offsets_beside_scores(const Operands<Scalar>& operands, Index head, Index first, Index count,
                            accumulator_t<Scalar>* to) {
-  auto* const norms = start_offsets<Terms>(operands, count, to);
+  auto* const norms = start_offsets(operands, !Terms::needs_whole_scores, count, to);
   if (!norms) return;
   simd::squared_norms(operands.query_head(head).block_rows(first, count), norms);
   weigh_query_norms(operands, count, norms);

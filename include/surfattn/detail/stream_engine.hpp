@@ -112,17 +112,16 @@ SURFATTN_NEVER_INLINE std::size_t StreamPlan<Scalar>::bytes_per_worker() const {
   return counter.used();
 }
 
-/// All queries of all heads against one part of the keys.
-template <class Scalar, class Terms>
-class StreamTask {
+/// What is done for few queries whatever the terms are: the products with keys, and those of weights with
+/// values. Compiled once for all terms.
+template <class Scalar>
+class StreamProducts {
+ protected:
   using Accumulator = accumulator_t<Scalar>;
 
- public:
-  StreamTask(const Operands<Scalar>& operands, const Terms& terms,
-             StreamBuffers<Accumulator>& buffers)
+  StreamProducts(const Operands<Scalar>& operands, StreamBuffers<Accumulator>& buffers)
       : operands_(operands),
         shape_(operands.shape),
-        terms_(terms),
         buffers_(buffers),
         group_(shape_.group()),
         rows_(group_ * shape_.queries) {
@@ -137,47 +136,9 @@ class StreamTask {
     return shape_.keys <= run && operands_.run_of_keys(0, shape_.keys) == shape_.keys;
   }
 
-  /// All keys are one run: each head is finished and written before the next.
-  void run_once(const SoftmaxRows<Accumulator>& outs, const ForwardOutputs<Scalar>& outputs) {
-    constexpr Index shared_cache = Index(1) << 23;
-    const bool asks = asks_ahead(shared_cache);
-    for (Index head = 0; head < shape_.key_value_heads; ++head) {
-      if (asks) look_ahead_to_head(head + 1, outputs.out);
-      outs.softmax.reset(rows_);
-      const Coverage coverage = coverage_of_all(head, 0, shape_.keys);
-      if (coverage != Coverage::empty) {
-        multiply_keys(head, 1, 0, 0, shape_.keys);
-        weigh(head, 0, shape_.keys, coverage, outs);
-      }
-      normalise(head, coverage, outs, outputs);
-      write_values(head, coverage, outs, outputs);
-    }
-  }
-
-  void run(Index first_key, Index keys, Index run, const SoftmaxRows<Accumulator>& outs) {
-    outs.reset(shape_.query_heads * shape_.queries);
-    constexpr Index second_level = Index(1) << 20;
-    const bool asks = asks_ahead(second_level);
-    const Index end = first_key + keys;
-    for (Index key = first_key, count; key < end; key += count) {
-      count = operands_.run_of_keys(key, std::min(run, end - key));
-      if (asks) look_ahead_to_run(key + count, std::min(run, end - key - count), count);
-      const Index heads = asks ? 1 : shape_.key_value_heads;
-      for (Index head = 0; head < shape_.key_value_heads; head += heads)
-        visit_run({head, head + heads}, key, count, outs);
-    }
-  }
-
- private:
-  /// Whether queries are taken several at a time.
-  bool takes_blocks() const { return simd::rows_in_blocks(rows_) > 0; }
-
-  /// Whether they may ask for memory.
-  bool may_ask_ahead() const { return simd::blocks_ask_ahead && takes_blocks(); }
-
-  /// Whether they do, head by head; else that is left to the hardware and to the products, and the rows
-  /// of all heads are read in the order in which they lie. To ask for what a cache of `cached` bytes
-  /// holds, which was made just before as a rule, costs up to a fifth of the time.
+  /// Whether several queries ask for memory, head by head; else that is left to the hardware and to the
+  /// products, and the rows of all heads are read in the order in which they lie. To ask for what a cache
+  /// of `cached` bytes holds, which was made just before as a rule, costs up to a fifth of the time.
   bool asks_ahead(Index cached) const {
     const Index width = shape_.head_dim + shape_.value_dim;
     const Index numbers = width * (shape_.packed_queries * shape_.query_heads +
@@ -221,37 +182,6 @@ class StreamTask {
     Index first, last;
   };
 
-  /// Some heads against one run of keys: all its scores, then their weights, then what these add to
-  /// the output.
-  void visit_run(Heads heads, Index first_key, Index keys, const SoftmaxRows<Accumulator>& outs) {
-    for (Index head = heads.first; head < heads.last; ++head)
-      buffers_.coverage[head] = coverage_of_all(head, first_key, keys);
-    each_step(heads, keys, [&](Index head, Index count_of_heads, Index first, Index count) {
-      multiply_keys(head, count_of_heads, first_key, first, count);
-    });
-    for (Index head = heads.first; head < heads.last; ++head) {
-      const Coverage coverage = buffers_.coverage[head];
-      if (coverage != Coverage::empty)
-        weigh(head, first_key, keys, coverage, outs.from(head * rows_));
-    }
-    each_step(heads, keys, [&](Index head, Index count_of_heads, Index first, Index count) {
-      add_values(head, count_of_heads, first_key, first, count, outs.from(head * rows_));
-    });
-  }
-
-  /// Calls use(head, count) for those of which queries see keys of the run, as many neighbours at a time
-  /// as there are.
-  template <class Use>
-  void each_group_in_sight(Heads heads, const Use& use) const {
-    const auto is_in_sight = [&](Index head) {
-      return head < heads.last && buffers_.coverage[head] != Coverage::empty;
-    };
-    for (Index head = heads.first, end; head < heads.last; head = end + 1) {
-      for (end = head; is_in_sight(end);) ++end;
-      if (head < end) use(head, end - head);
-    }
-  }
-
   /// Calls use(head, count_of_heads, first, count) for the keys [first, first + count) of a run: as many
   /// tokens at a time as leave the first-level cache room for their rows of all heads, or, where these
   /// may be asked for, all, which saves sums from being stored. It must not depend on the batch: what
@@ -271,6 +201,13 @@ class StreamTask {
     }
   }
 
+  /// The products of all queries with the keys of a run.
+  void multiply_run(Heads heads, Index first_key, Index keys) {
+    each_step(heads, keys, [&](Index head, Index count_of_heads, Index first, Index count) {
+      multiply_keys(head, count_of_heads, first_key, first, count);
+    });
+  }
+
   /// q_i·k_j of some key/value heads and all query heads that share them, for the keys [first, first +
   /// count) of a run.
   void multiply_keys(Index head, Index heads, Index first_key, Index first, Index count) {
@@ -282,6 +219,99 @@ class StreamTask {
       simd::pack_rows(operands_.keys_of(head, first_key + first, count), Accumulator(1),
                       buffers_.packed_rows);
       multiply_rows<Accumulator>(head, 1, first, count, buffers_.packed_rows, stride);
+    }
+  }
+
+  /// q·k → scale·q·k + the bias of the key, for a run of keys of one key/value head.
+  void scale_products(Index head, Index first_key, Index keys) {
+    fill_key_bias_of(head, first_key, keys);
+    for (Index row = 0; row < rows_; ++row) {
+      simd::scale_and_add_row(key_bias(head), log2_scale(operands_), scores(head).from(row).data,
+                              keys);
+    }
+  }
+
+  /// W·V of some key/value heads, where `values` are the rows of the first and `out` its results.
+  void multiply_values(Index head, Index heads, Index first, const MatrixView<const Scalar>& values,
+                       simd::Store mode, simd::ContiguousRows<Accumulator> out) {
+    simd::set_rows_products<Accumulator, Scalar>(
+        {mode,
+         heads,
+         rows_,
+         values.rows,
+         shape_.value_dim,
+         {{scores(head, 0, first).data, buffers_.score_stride}, rows_ * buffers_.score_stride},
+         {{values.data, values.row_stride}, value_head_stride()},
+         {out, rows_ * out.stride}},
+        values_ahead_);
+  }
+
+  /// Whether the rows of a key/value head in a matrix with a row for each query are as they are
+  /// wanted: whole packets, and one as far from the other as the next.
+  template <class Stored>
+  bool lie_ready(MatrixView<Stored> matrix) const {
+    return std::is_same_v<Scalar, Accumulator> && matrix.col_stride == 1 &&
+           matrix.cols / shape_.query_heads % simd::lanes<Accumulator> == 0 &&
+           (group_ == 1 || shape_.queries == 1);
+  }
+  template <class Stored>
+  Index row_distance(MatrixView<Stored> matrix) const {
+    return group_ == 1 ? matrix.row_stride : matrix.cols / shape_.query_heads;
+  }
+
+  /// Writes the finished rows of a key/value head.
+  void write_rows_of_head(Index head, const SoftmaxRows<Accumulator>& outs,
+                          MatrixView<Scalar> out) const {
+    const Index width = shape_.value_dim;
+    for (Index member = 0; member < group_; ++member) {
+      simd::write_rows<simd::Store::set>(outs.tile(member * shape_.queries).data, outs.stride,
+                                         out.block_cols((head * group_ + member) * width, width),
+                                         [](Index) { return Accumulator(1); });
+    }
+  }
+
+  /// Values can be used as they lie where their rows are contiguous. Behind a mask they must be finite
+  /// besides, since 0·NaN is NaN; without one every value is seen.
+  static bool can_be_read_in_place(const MatrixView<const Scalar>& values, Coverage coverage) {
+    if (values.col_stride != 1) return false;
+    return coverage == Coverage::full || simd::are_finite<Accumulator>(values);
+  }
+
+  /// The tile of one of the query heads that share a key/value head.
+  Tile tile_of(Index head, Index member, Index first_key, Index keys) const {
+    return {head * group_ + member, 0, shape_.queries, first_key, keys};
+  }
+
+  /// The scores, from the one with key `first` of a run on, of one member of the query heads that
+  /// share a key/value head, and of those after it.
+  simd::Tile<Accumulator> scores(Index head, Index member = 0, Index first = 0) const {
+    const Index row = head * rows_ + member * shape_.queries;
+    return {buffers_.scores + row * buffers_.score_stride + first, buffers_.score_stride};
+  }
+
+  const Operands<Scalar>& operands_;
+  const Shape& shape_;
+  StreamBuffers<Accumulator>& buffers_;
+  Index group_;  ///< query heads that share a key/value head
+  Index rows_;   ///< of one key/value head
+
+ private:
+  /// Whether queries are taken several at a time.
+  bool takes_blocks() const { return simd::rows_in_blocks(rows_) > 0; }
+
+  /// Whether they may ask for memory.
+  bool may_ask_ahead() const { return simd::blocks_ask_ahead && takes_blocks(); }
+
+  /// Calls use(head, count) for those of which queries see keys of the run, as many neighbours at a time
+  /// as there are.
+  template <class Use>
+  void each_group_in_sight(Heads heads, const Use& use) const {
+    const auto is_in_sight = [&](Index head) {
+      return head < heads.last && buffers_.coverage[head] != Coverage::empty;
+    };
+    for (Index head = heads.first, end; head < heads.last; head = end + 1) {
+      for (end = head; is_in_sight(end);) ++end;
+      if (head < end) use(head, end - head);
     }
   }
 
@@ -301,23 +331,30 @@ class StreamTask {
         keys_ahead_);
   }
 
-  /// The weights of one run of keys of one key/value head, for all query heads that share it.
-  void weigh(Index head, Index first_key, Index keys, Coverage coverage,
-             const SoftmaxRows<Accumulator>& outs) {
-    finish_products(head, first_key, keys, coverage);
-    outs.take_weights(0, rows_, keys, scores(head));
-    for (Index member = 0; member < group_; ++member)
-      terms_.drop(tile_of(head, member, first_key, keys), scores(head, member));
-  }
-
-  Index head_of(Index head, Index row) const { return head * group_ + row / shape_.queries; }
-
   Accumulator* key_bias(Index head) const {
     return buffers_.key_bias + head * buffers_.score_stride;
   }
 
   bool norms_come_with_products() const {
     return !takes_blocks() && operands_.key_norm_weight != Accumulator(0);
+  }
+
+  bool queries_lie_ready() const { return lie_ready(operands_.queries); }
+
+  /// The queries of the key/value heads from `head` on, without the scale.
+  simd::HeadRows<const Accumulator> queries_from(Index head) const {
+    if constexpr (std::is_same_v<Scalar, Accumulator>) {
+      if (queries_lie_ready()) {
+        return {{operands_.query_head(head * group_).data, row_distance(operands_.queries)},
+                group_ * shape_.head_dim};
+      }
+    }
+    const Index stride = buffers_.query_stride;
+    return {{buffers_.queries + head * rows_ * stride, stride}, rows_ * stride};
+  }
+
+  Index value_head_stride() const {
+    return operands_.values_are_keys ? shape_.head_dim : shape_.value_dim;
   }
 
   /// The bias of a run of keys, whose norms are in its place already or formed while the keys are in a
@@ -332,13 +369,90 @@ class StreamTask {
     }
   }
 
+  simd::ProductAhead<Scalar> keys_ahead_, values_ahead_;
+};
+
+/// All queries of all heads against one part of the keys.
+template <class Scalar, class Terms>
+class StreamTask : StreamProducts<Scalar> {
+  using Products = StreamProducts<Scalar>;
+  using Accumulator = accumulator_t<Scalar>;
+
+ public:
+  using Products::is_one_run;
+
+  StreamTask(const Operands<Scalar>& operands, const Terms& terms,
+             StreamBuffers<Accumulator>& buffers)
+      : Products(operands, buffers), terms_(terms) {}
+
+  /// All keys are one run: each head is finished and written before the next.
+  void run_once(const SoftmaxRows<Accumulator>& outs, const ForwardOutputs<Scalar>& outputs) {
+    constexpr Index shared_cache = Index(1) << 23;
+    const bool asks = this->asks_ahead(shared_cache);
+    for (Index head = 0; head < shape_.key_value_heads; ++head) {
+      if (asks) this->look_ahead_to_head(head + 1, outputs.out);
+      outs.softmax.reset(rows_);
+      const Coverage coverage = coverage_of_all(head, 0, shape_.keys);
+      if (coverage != Coverage::empty) {
+        this->multiply_keys(head, 1, 0, 0, shape_.keys);
+        weigh(head, 0, shape_.keys, coverage, outs);
+      }
+      normalise(head, coverage, outs, outputs);
+      write_values(head, coverage, outs, outputs);
+    }
+  }
+
+  void run(Index first_key, Index keys, Index run, const SoftmaxRows<Accumulator>& outs) {
+    outs.reset(shape_.query_heads * shape_.queries);
+    constexpr Index second_level = Index(1) << 20;
+    const bool asks = this->asks_ahead(second_level);
+    const Index end = first_key + keys;
+    for (Index key = first_key, count; key < end; key += count) {
+      count = operands_.run_of_keys(key, std::min(run, end - key));
+      if (asks) this->look_ahead_to_run(key + count, std::min(run, end - key - count), count);
+      const Index heads = asks ? 1 : shape_.key_value_heads;
+      for (Index head = 0; head < shape_.key_value_heads; head += heads)
+        visit_run({head, head + heads}, key, count, outs);
+    }
+  }
+
+ private:
+  using Products::buffers_, Products::group_, Products::operands_, Products::rows_,
+      Products::shape_;
+  using Products::can_be_read_in_place, Products::multiply_values, Products::scores,
+      Products::tile_of;
+  using Heads = typename Products::Heads;
+
+  /// Some heads against one run of keys: all its scores, then their weights, then what these add to
+  /// the output.
+  void visit_run(Heads heads, Index first_key, Index keys, const SoftmaxRows<Accumulator>& outs) {
+    for (Index head = heads.first; head < heads.last; ++head)
+      buffers_.coverage[head] = coverage_of_all(head, first_key, keys);
+    this->multiply_run(heads, first_key, keys);
+    for (Index head = heads.first; head < heads.last; ++head) {
+      const Coverage coverage = buffers_.coverage[head];
+      if (coverage != Coverage::empty)
+        weigh(head, first_key, keys, coverage, outs.from(head * rows_));
+    }
+    this->each_step(heads, keys, [&](Index head, Index count_of_heads, Index first, Index count) {
+      add_values(head, count_of_heads, first_key, first, count, outs.from(head * rows_));
+    });
+  }
+
+  /// The weights of one run of keys of one key/value head, for all query heads that share it.
+  void weigh(Index head, Index first_key, Index keys, Coverage coverage,
+             const SoftmaxRows<Accumulator>& outs) {
+    finish_products(head, first_key, keys, coverage);
+    outs.take_weights(0, rows_, keys, scores(head));
+    for (Index member = 0; member < group_; ++member)
+      terms_.drop(tile_of(head, member, first_key, keys), scores(head, member));
+  }
+
+  Index head_of(Index head, Index row) const { return head * group_ + row / shape_.queries; }
+
   /// Products → scores.
   void finish_products(Index head, Index first_key, Index keys, Coverage coverage) {
-    fill_key_bias_of(head, first_key, keys);
-    for (Index row = 0; row < rows_; ++row) {
-      simd::scale_and_add_row(key_bias(head), log2_scale(operands_), scores(head).from(row).data,
-                              keys);
-    }
+    this->scale_products(head, first_key, keys);
     for (Index member = 0; member < group_; ++member) {
       const Tile tile = tile_of(head, member, first_key, keys);
       finish_scores(operands_, terms_, tile, scores(head, member));
@@ -380,21 +494,6 @@ class StreamTask {
     }
   }
 
-  /// W·V of some key/value heads, where `values` are the rows of the first and `out` its results.
-  void multiply_values(Index head, Index heads, Index first, const MatrixView<const Scalar>& values,
-                       simd::Store mode, simd::ContiguousRows<Accumulator> out) {
-    simd::set_rows_products<Accumulator, Scalar>(
-        {mode,
-         heads,
-         rows_,
-         values.rows,
-         shape_.value_dim,
-         {{scores(head, 0, first).data, buffers_.score_stride}, rows_ * buffers_.score_stride},
-         {{values.data, values.row_stride}, value_head_stride()},
-         {out, rows_ * out.stride}},
-        values_ahead_);
-  }
-
   /// W·V of a head whose keys are one run, in the buffer.
   void sum_values(Index head, Coverage coverage, const SoftmaxRows<Accumulator>& outs) {
     outs.reset_out(rows_);
@@ -423,63 +522,16 @@ class StreamTask {
     const Index width = shape_.value_dim;
     if constexpr (std::is_same_v<Scalar, Accumulator>) {
       const auto value_rows = operands_.values_of(head, 0, shape_.keys);
-      if (coverage != Coverage::empty && lie_ready(outputs.out) &&
+      if (coverage != Coverage::empty && this->lie_ready(outputs.out) &&
           can_be_read_in_place(value_rows, coverage)) {
-        multiply_values(
-            head, 1, 0, value_rows, simd::Store::set,
-            {outputs.out.block_cols(head * group_ * width, width).data, row_distance(outputs.out)});
+        multiply_values(head, 1, 0, value_rows, simd::Store::set,
+                        {outputs.out.block_cols(head * group_ * width, width).data,
+                         this->row_distance(outputs.out)});
         return;
       }
     }
     sum_values(head, coverage, outs);
-    for (Index member = 0; member < group_; ++member) {
-      simd::write_rows<simd::Store::set>(
-          outs.tile(member * shape_.queries).data, outs.stride,
-          outputs.out.block_cols((head * group_ + member) * width, width),
-          [](Index) { return Accumulator(1); });
-    }
-  }
-
-  /// Whether the rows of a key/value head in a matrix with a row for each query are as they are
-  /// wanted: whole packets, and one as far from the other as the next.
-  template <class Stored>
-  bool lie_ready(MatrixView<Stored> matrix) const {
-    return std::is_same_v<Scalar, Accumulator> && matrix.col_stride == 1 &&
-           matrix.cols / shape_.query_heads % simd::lanes<Accumulator> == 0 &&
-           (group_ == 1 || shape_.queries == 1);
-  }
-  template <class Stored>
-  Index row_distance(MatrixView<Stored> matrix) const {
-    return group_ == 1 ? matrix.row_stride : matrix.cols / shape_.query_heads;
-  }
-  bool queries_lie_ready() const { return lie_ready(operands_.queries); }
-
-  /// The queries of the key/value heads from `head` on, without the scale.
-  simd::HeadRows<const Accumulator> queries_from(Index head) const {
-    if constexpr (std::is_same_v<Scalar, Accumulator>) {
-      if (queries_lie_ready()) {
-        return {{operands_.query_head(head * group_).data, row_distance(operands_.queries)},
-                group_ * shape_.head_dim};
-      }
-    }
-    const Index stride = buffers_.query_stride;
-    return {{buffers_.queries + head * rows_ * stride, stride}, rows_ * stride};
-  }
-
-  Index value_head_stride() const {
-    return operands_.values_are_keys ? shape_.head_dim : shape_.value_dim;
-  }
-
-  /// Values can be used as they lie where their rows are contiguous. Behind a mask they must be finite
-  /// besides, since 0·NaN is NaN; without one every value is seen.
-  static bool can_be_read_in_place(const MatrixView<const Scalar>& values, Coverage coverage) {
-    if (values.col_stride != 1) return false;
-    return coverage == Coverage::full || simd::are_finite<Accumulator>(values);
-  }
-
-  /// The tile of one of the query heads that share a key/value head.
-  Tile tile_of(Index head, Index member, Index first_key, Index keys) const {
-    return {head * group_ + member, 0, shape_.queries, first_key, keys};
+    this->write_rows_of_head(head, outs, outputs.out);
   }
 
   Coverage coverage_of_all(Index head, Index first_key, Index keys) const {
@@ -493,20 +545,7 @@ class StreamTask {
     return all_empty ? Coverage::empty : all_full ? Coverage::full : Coverage::partial;
   }
 
-  /// The scores, from the one with key `first` of a run on, of one member of the query heads that
-  /// share a key/value head, and of those after it.
-  simd::Tile<Accumulator> scores(Index head, Index member = 0, Index first = 0) const {
-    const Index row = head * rows_ + member * shape_.queries;
-    return {buffers_.scores + row * buffers_.score_stride + first, buffers_.score_stride};
-  }
-
-  const Operands<Scalar>& operands_;
-  const Shape& shape_;
   const Terms& terms_;
-  StreamBuffers<Accumulator>& buffers_;
-  simd::ProductAhead<Scalar> keys_ahead_, values_ahead_;
-  Index group_;  ///< query heads that share a key/value head
-  Index rows_;   ///< of one key/value head
 };
 
 /// O = W·V and log_sum_exp of few queries: the items of one sequence that fall to one worker.
