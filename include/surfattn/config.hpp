@@ -20,7 +20,8 @@
 #define SURFATTN_ALWAYS_INLINE EIGEN_ALWAYS_INLINE
 
 /// Marks the functions around those loops: inlined among other code, the loops would have to share
-/// registers with it.
+/// registers with it. And functions called once for a sequence or so from code that is compiled for each
+/// combination of terms, of which each would hold copies.
 #define SURFATTN_NEVER_INLINE EIGEN_DONT_INLINE
 
 /// Before a loop of constant length: unroll it whole at every optimisation level, so that the

@@ -468,7 +468,7 @@ struct BackwardPlan {
     bytes_per_worker_ = counter.used();
   }
 
-  SURFATTN_NEVER_INLINE std::size_t shared_bytes() const {
+  std::size_t shared_bytes() const {
     Arena counter;
     turns_in(counter);
     TermSums<Accumulator>(sums).take(counter);
@@ -479,7 +479,7 @@ struct BackwardPlan {
   Turn* turns_in(Arena& shared) const { return shared.take<Turn>(items); }
 
   /// The sums, in the memory that all workers share.
-  SURFATTN_NEVER_INLINE TermSums<Accumulator> sums_in(Arena shared) const {
+  TermSums<Accumulator> sums_in(Arena shared) const {
     turns_in(shared);
     TermSums<Accumulator> placed = sums;
     placed.take(shared);
