@@ -113,7 +113,7 @@ TEMPLATE_TEST_CASE("exp2 of what is left when an origin is taken away", "", floa
   constexpr TestType limit = simd::exp2_origin_limit<TestType>;
   const auto check = [&](TestType origin) {
     INFO("origin " << origin);
-    // Multiples of 1/32: exact beside every origin.
+    // Beside a large origin rounded to fewer, and then exact numbers again.
     std::vector<TestType> x;
     for (TestType rest = lowest; rest <= 0; rest += TestType(0.03125)) x.push_back(origin + rest);
     CHECK(worst_ulps(x, origin) <= bound_in_ulps<TestType>());

@@ -88,10 +88,11 @@ struct SoftmaxRows {
   template <class Scalar, class Terms>
   void write(Index row, const Operands<Scalar>& operands, const Terms& terms,
              const ForwardOutputs<Scalar>& outputs, Index head, Index query, Index queries) const {
+    const Index value_dim = operands.shape.value_dim;
     for (Index i = row; i < row + queries; ++i)
       include_sinks(i, terms, head, out + i * stride, stride);
-    write_normalised(row, outputs, head * operands.shape.value_dim, operands.shape.value_dim, query,
-                     queries);
+    write_normalised(
+        row, outputs.out.block_cols(head * value_dim, value_dim).block_rows(query, queries));
     if (outputs.log_sum_exp) write_log_sum_exp(row, outputs, head, query, queries);
   }
 
@@ -106,14 +107,11 @@ struct SoftmaxRows {
     }
   }
 
-  /// o/l, to the columns from `col` on.
+  /// o/l of the rows from `row` on.
   template <class Scalar>
-  void write_normalised(Index row, const ForwardOutputs<Scalar>& outputs, Index col,
-                        Index value_dim, Index query, Index queries) const {
-    simd::write_rows<simd::Store::set>(
-        out + row * stride, stride,
-        outputs.out.block_cols(col, value_dim).block_rows(query, queries),
-        [&](Index i) { return softmax.normaliser(row + i); });
+  void write_normalised(Index row, MatrixView<Scalar> to) const {
+    simd::write_rows<simd::Store::set>(out + row * stride, stride, to,
+                                       [&](Index i) { return softmax.normaliser(row + i); });
   }
 
   template <class Scalar>
