@@ -1,5 +1,6 @@
 // Products with rows as they lie in memory give exactly what plain loops give, on whole numbers, which
-// no rounding touches, for one head and several; and the same bits for a key wherever it stands.
+// no rounding touches, for one head and several; and the same bits for a query and a key among any
+// others.
 #include <algorithm>
 #include <surfattn/detail/simd/streaming.hpp>
 
@@ -90,26 +91,30 @@ void check_dot_products(const Sizes& size, std::mt19937_64& random) {
   CHECK((both.norms.col(keys).array() == Scalar(77)).all());
 }
 
-/// Whether all numbers of a row are the first, bit by bit.
+/// Whether all numbers are the same, bit by bit.
 template <class Derived>
-bool all_equal(const Eigen::MatrixBase<Derived>& row) {
-  return (row.array() == row(0)).all();
+bool all_equal(const Eigen::MatrixBase<Derived>& numbers, typename Derived::Scalar expected) {
+  return (numbers.array() == expected).all();
 }
 
-/// Keys that are equal, of numbers that are rounded.
+/// Equal queries and equal keys, of numbers that are rounded, among any others.
 template <class Scalar, class Source>
-void check_equal_keys(const Sizes& size, std::mt19937_64& random) {
+void check_equal_rows(const Sizes& size, std::mt19937_64& random) {
   const auto [heads, rows, keys, width] = size;
-  const Matrix<Scalar> q =
-      surfattn::test::random_matrix<Scalar>(rows, heads * padded_width<Scalar>(width), random);
+  const Matrix<Scalar> query =
+      surfattn::test::random_matrix<Scalar>(1, heads * padded_width<Scalar>(width), random);
   const Matrix<Source> key =
       surfattn::test::random_matrix<float>(1, heads * width, random).template cast<Source>();
   const Matrix<Source> k = key.replicate(keys, 1);
+  const auto alone = dot_products({heads, 1, 1, width}, true, query, key);
   for (const bool wants_norms : {false, true}) {
     if (wants_norms && !can_have_norms(size)) continue;
-    const auto result = dot_products(size, wants_norms, q, k);
-    for (Index i = 0; i < heads * rows; ++i) CHECK(all_equal(result.products.row(i).head(keys)));
-    for (Index head = 0; head < heads; ++head) CHECK(all_equal(result.norms.row(head).head(keys)));
+    const auto result =
+        dot_products<Scalar, Source>(size, wants_norms, query.replicate(rows, 1), k);
+    for (Index head = 0; head < heads; ++head) {
+      CHECK(all_equal(result.products.block(head * rows, 0, rows, keys), alone.products(head, 0)));
+      if (wants_norms) CHECK(all_equal(result.norms.row(head).head(keys), alone.norms(head, 0)));
+    }
   }
 }
 
@@ -161,7 +166,7 @@ void check_all() {
     check_dot_products<Scalar, Source>(size, random);
     check_rows_products<Scalar, Source>(size, simd::Store::set, random);
     check_rows_products<Scalar, Source>(size, simd::Store::add, random);
-    check_equal_keys<Scalar, Source>(size, random);
+    check_equal_rows<Scalar, Source>(size, random);
   });
 }
 
