@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <numeric>
 #include <surfattn/detail/operands.hpp>
 #include <surfattn/detail/score_tile.hpp>
 #include <surfattn/detail/simd/streaming.hpp>
@@ -122,13 +123,17 @@ class StreamProducts {
  protected:
   using Accumulator = accumulator_t<Scalar>;
 
-  StreamProducts(const Operands<Scalar>& operands, StreamBuffers<Accumulator>& buffers)
+  /// `run`: keys that are visited at a time.
+  StreamProducts(const Operands<Scalar>& operands, StreamBuffers<Accumulator>& buffers, Index run)
       : operands_(operands),
         shape_(operands.shape),
         buffers_(buffers),
+        run_(run),
         group_(shape_.group()),
-        rows_(group_ * shape_.queries) {
-    for (Index head = 0; head < shape_.query_heads && !queries_lie_ready(); ++head) {
+        rows_(group_ * shape_.queries),
+        queries_lie_ready_(lie_ready(operands.queries) &&
+                           (takes_head_by_head() || !compete(row_distance(operands.queries)))) {
+    for (Index head = 0; head < shape_.query_heads && !queries_lie_ready_; ++head) {
       simd::pack_rows(operands_.query_head(head), Accumulator(1),
                       buffers_.queries + head * shape_.queries * buffers_.query_stride);
     }
@@ -137,8 +142,8 @@ class StreamProducts {
   /// Whether all keys are one run, and each head is best taken by itself. One or a few queries read the
   /// rows of all heads as they lie, which are far apart within a head and compete for the same lines of
   /// the cache: that saves a seventh to a third of the time.
-  bool takes_head_by_head(Index run) const {
-    return takes_blocks() && shape_.keys <= run &&
+  bool takes_head_by_head() const {
+    return takes_blocks() && shape_.keys <= run_ &&
            operands_.run_of_keys(0, shape_.keys) == shape_.keys;
   }
 
@@ -177,7 +182,7 @@ class StreamProducts {
     const auto segment = operands_.segment_of(0, shape_.keys);
     const MatrixView<const Scalar> none{};
     keys_ahead_ = {of_head(segment.keys, keys_left),
-                   queries_lie_ready() ? of_head(operands_.queries, queries_left) : none,
+                   queries_lie_ready_ ? of_head(operands_.queries, queries_left) : none,
                    rows_ * shape_.keys};
     values_ahead_ = {operands_.values_are_keys ? none : of_head(segment.values, keys_left),
                      of_head(out, queries_left), rows_ * shape_.value_dim * shape_.keys};
@@ -300,6 +305,7 @@ class StreamProducts {
   const Operands<Scalar>& operands_;
   const Shape& shape_;
   StreamBuffers<Accumulator>& buffers_;
+  Index run_;
   Index group_;  ///< query heads that share a key/value head
   Index rows_;   ///< of one key/value head
 
@@ -347,12 +353,18 @@ class StreamProducts {
     return !takes_blocks() && operands_.key_norm_weight != Accumulator(0);
   }
 
-  bool queries_lie_ready() const { return lie_ready(operands_.queries); }
+  /// Whether queries whose rows are so far apart compete for lines of the first-level cache with some keys,
+  /// which they are multiplied with again and again: 16 of them took up to a tenth more time. Rows a
+  /// multiple of 4096 bytes apart, as in many models, all lie in the same `ways` lines.
+  bool compete(Index distance) const {
+    constexpr Index ways = 8, keys = 4, page = 4096 / static_cast<Index>(sizeof(Scalar));
+    return rows_ + keys > ways * (page / std::gcd(distance, page));
+  }
 
   /// The queries of the key/value heads from `head` on, without the scale.
   simd::HeadRows<const Accumulator> queries_from(Index head) const {
     if constexpr (std::is_same_v<Scalar, Accumulator>) {
-      if (queries_lie_ready()) {
+      if (queries_lie_ready_) {
         return {{operands_.query_head(head * group_).data, row_distance(operands_.queries)},
                 group_ * shape_.head_dim};
       }
@@ -377,6 +389,7 @@ class StreamProducts {
     }
   }
 
+  bool queries_lie_ready_;
   simd::ProductAhead<Scalar> keys_ahead_, values_ahead_;
 };
 
@@ -390,8 +403,8 @@ class StreamTask : StreamProducts<Scalar> {
   using Products::takes_head_by_head;
 
   StreamTask(const Operands<Scalar>& operands, const Terms& terms,
-             StreamBuffers<Accumulator>& buffers)
-      : Products(operands, buffers), terms_(terms) {}
+             StreamBuffers<Accumulator>& buffers, Index run)
+      : Products(operands, buffers, run), terms_(terms) {}
 
   /// All keys are one run: each head is finished and written before the next.
   void run_once(const SoftmaxRows<Accumulator>& outs, const ForwardOutputs<Scalar>& outputs) {
@@ -410,14 +423,14 @@ class StreamTask : StreamProducts<Scalar> {
     }
   }
 
-  void run(Index first_key, Index keys, Index run, const SoftmaxRows<Accumulator>& outs) {
+  void run(Index first_key, Index keys, const SoftmaxRows<Accumulator>& outs) {
     outs.reset(shape_.query_heads * shape_.queries);
     constexpr Index second_level = Index(1) << 20;
     const bool asks = this->asks_ahead(second_level);
     const Index end = first_key + keys;
     for (Index key = first_key, count; key < end; key += count) {
-      count = operands_.run_of_keys(key, std::min(run, end - key));
-      if (asks) this->look_ahead_to_run(key + count, std::min(run, end - key - count), count);
+      count = operands_.run_of_keys(key, std::min(run_, end - key));
+      if (asks) this->look_ahead_to_run(key + count, std::min(run_, end - key - count), count);
       const Index heads = asks ? 1 : shape_.key_value_heads;
       for (Index head = 0; head < shape_.key_value_heads; head += heads)
         visit_run({head, head + heads}, key, count, outs);
@@ -425,7 +438,7 @@ class StreamTask : StreamProducts<Scalar> {
   }
 
  private:
-  using Products::buffers_, Products::group_, Products::operands_, Products::rows_,
+  using Products::buffers_, Products::group_, Products::operands_, Products::rows_, Products::run_,
       Products::shape_;
   using Products::can_be_read_in_place, Products::multiply_values, Products::scores,
       Products::tile_of;
@@ -561,11 +574,11 @@ template <class Scalar, class Terms, class Items>
 void forward(const Operands<Scalar>& operands, const Terms& terms, const StreamPlan<Scalar>& plan,
              const ForwardOutputs<Scalar>& outputs, Arena shared, Arena own, const Items& items) {
   StreamBuffers<accumulator_t<Scalar>> buffers(own, plan.shape, plan.run);
-  StreamTask<Scalar, Terms> task(operands, terms, buffers);
+  StreamTask<Scalar, Terms> task(operands, terms, buffers, plan.run);
   items([&](Index item) {
-    if (task.takes_head_by_head(plan.run)) return task.run_once(buffers.outs, outputs);
+    if (task.takes_head_by_head()) return task.run_once(buffers.outs, outputs);
     const Index first_key = item * plan.part;
-    task.run(first_key, std::min(plan.part, plan.shape.keys - first_key), plan.run,
+    task.run(first_key, std::min(plan.part, plan.shape.keys - first_key),
              plan.items > 1 ? plan.part_of(shared, item) : buffers.outs);
     if (plan.items == 1) buffers.outs.write_all(operands, terms, outputs);
   });
