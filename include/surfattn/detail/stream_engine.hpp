@@ -302,6 +302,9 @@ class StreamProducts {
     return {buffers_.scores + row * buffers_.score_stride + first, buffers_.score_stride};
   }
 
+  /// Whether queries are taken several at a time.
+  bool takes_blocks() const { return simd::rows_in_blocks(rows_) > 0; }
+
   const Operands<Scalar>& operands_;
   const Shape& shape_;
   StreamBuffers<Accumulator>& buffers_;
@@ -310,9 +313,6 @@ class StreamProducts {
   Index rows_;   ///< of one key/value head
 
  private:
-  /// Whether queries are taken several at a time.
-  bool takes_blocks() const { return simd::rows_in_blocks(rows_) > 0; }
-
   /// Whether they may ask for memory.
   bool may_ask_ahead() const { return simd::blocks_ask_ahead && takes_blocks(); }
 
@@ -427,10 +427,13 @@ class StreamTask : StreamProducts<Scalar> {
     outs.reset(shape_.query_heads * shape_.queries);
     constexpr Index second_level = Index(1) << 20;
     const bool asks = this->asks_ahead(second_level);
+    // Values, and those of the next run, share the second-level cache with the keys: halves of a run
+    // save about a tenth of the time.
+    const Index most = takes_blocks() && !operands_.values_are_keys ? blocks(run_, 2) : run_;
     const Index end = first_key + keys;
     for (Index key = first_key, count; key < end; key += count) {
-      count = operands_.run_of_keys(key, std::min(run_, end - key));
-      if (asks) this->look_ahead_to_run(key + count, std::min(run_, end - key - count), count);
+      count = operands_.run_of_keys(key, std::min(most, end - key));
+      if (asks) this->look_ahead_to_run(key + count, std::min(most, end - key - count), count);
       const Index heads = asks ? 1 : shape_.key_value_heads;
       for (Index head = 0; head < shape_.key_value_heads; head += heads)
         visit_run({head, head + heads}, key, count, outs);
@@ -441,7 +444,7 @@ class StreamTask : StreamProducts<Scalar> {
   using Products::buffers_, Products::group_, Products::operands_, Products::rows_, Products::run_,
       Products::shape_;
   using Products::can_be_read_in_place, Products::multiply_values, Products::scores,
-      Products::tile_of;
+      Products::takes_blocks, Products::tile_of;
   using Heads = typename Products::Heads;
 
   /// Some heads against one run of keys: all its scores, then their weights, then what these add to
