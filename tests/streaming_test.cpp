@@ -147,10 +147,10 @@ template <class Scalar, class Use>
 void each_size(const Use& use) {
   const Index lanes = simd::lanes<Scalar>;
   for (const Index heads : {1, 2, 3}) {
-    for (const Index rows : {1, 2, 3, 4, 5, 7, 11}) {
+    for (const Index rows : {1, 2, 3, 4, 5, 7, 11, 16}) {
       for (const Index keys : {1, 3, 4, 5, 8, 13}) {
         for (const Index width : {Index(0), Index(1), lanes - 1, lanes, lanes + 1, 2 * lanes,
-                                  3 * lanes + 2, 9 * lanes}) {
+                                  3 * lanes + 2, 4 * lanes, 8 * lanes + 1, 9 * lanes}) {
           INFO(heads << " heads, " << rows << " rows, " << keys << " keys, width " << width);
           use(Sizes{heads, rows, keys, width});
         }
@@ -173,7 +173,7 @@ void check_all() {
 }  // namespace
 
 TEST_CASE(
-    "products with rows as they lie are those of plain loops, and equal keys have equal ones") {
+    "products with rows as they lie are those of plain loops, and those of equal rows are equal") {
   SECTION("float") { check_all<float, float>(); }
   SECTION("double") { check_all<double, double>(); }
   SECTION("long double") { check_all<long double, long double>(); }

@@ -526,17 +526,36 @@ SURFATTN_NEVER_INLINE void set_rest_of_rows(const RowsProducts<Scalar, Source>& 
   }
 }
 
+/// Rows from `first` on.
 template <class Scalar, class Source, class Ahead>
-SURFATTN_NEVER_INLINE void set_rows_in_blocks(const RowsProducts<Scalar, Source>& all,
+SURFATTN_NEVER_INLINE void set_rows_in_blocks(Index first, const RowsProducts<Scalar, Source>& all,
                                               Ahead& ahead) {
-  for (Index head = 0; head < all.heads; ++head) rows_of_product<4>(0, head, all, ahead);
+  for (Index head = 0; head < all.heads; ++head) rows_of_product<4>(first, head, all, ahead);
+}
+
+inline constexpr int large_block = 8;
+
+/// The rows that make up large blocks, which read those of B half as often. For C in a buffer, where rows
+/// follow each other: elsewhere they compete with those of B for lines of the cache.
+template <class Scalar, class Source, class Ahead>
+SURFATTN_NEVER_INLINE void set_rows_in_large_blocks(const RowsProducts<Scalar, Source>& all,
+                                                    Ahead& ahead) {
+  for (Index head = 0; head < all.heads; ++head) {
+    for (Index row = 0; row + large_block <= all.rows; row += large_block)
+      rows_columns<large_block, 2>(row, 0, head, all, ahead);
+  }
 }
 
 /// `ahead` as for `set_dot_products`.
 template <class Scalar, class Source, class Ahead>
 void set_rows_products(const RowsProducts<Scalar, Source>& all, Ahead& ahead) {
   const Index in_blocks = rows_in_blocks(all.rows);
-  if (in_blocks > 0) set_rows_in_blocks(all, ahead);
+  Index first = 0;
+  if constexpr (registers >= 32) {
+    if (all.mode == Store::add) first = all.rows / large_block * large_block;
+    if (first > 0) set_rows_in_large_blocks(all, ahead);
+  }
+  if (in_blocks > first) set_rows_in_blocks(first, all, ahead);
   if (in_blocks < all.rows) {
     all.heads == 1 ? set_rows_one_by_one<asks_in_single_head>(in_blocks, all)
                    : set_rows_one_by_one<false>(in_blocks, all);
