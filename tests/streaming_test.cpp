@@ -150,7 +150,7 @@ void each_size(const Use& use) {
     for (const Index rows : {1, 2, 3, 4, 5, 7, 11, 16}) {
       for (const Index keys : {1, 3, 4, 5, 8, 13}) {
         for (const Index width : {Index(0), Index(1), lanes - 1, lanes, lanes + 1, 2 * lanes,
-                                  3 * lanes + 2, 4 * lanes, 8 * lanes + 1, 9 * lanes}) {
+                                  3 * lanes + 2, 4 * lanes, 8 * lanes + 1, 9 * lanes, 16 * lanes}) {
           INFO(heads << " heads, " << rows << " rows, " << keys << " keys, width " << width);
           use(Sizes{heads, rows, keys, width});
         }
