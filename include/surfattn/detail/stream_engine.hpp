@@ -194,18 +194,18 @@ class StreamProducts {
   };
 
   /// Calls use(head, count_of_heads, first, count) for the keys [first, first + count) of a run: as many
-  /// tokens at a time as leave the first-level cache room for their rows of all heads, or, where these
-  /// may be asked for, all, which saves sums from being stored; twice as many where each row is read
-  /// once, from memory. It must not depend on the batch: what is not finite is added at the end of each
-  /// step.
+  /// tokens at a time as leave the first-level cache room for their rows of all heads; twice as many where
+  /// each row is read once, from memory; and all where they may be asked for, which saves sums from being
+  /// stored, or are columns, which are read in longer pieces then. It must not depend on the batch: what is
+  /// not finite is added at the end of each step.
   template <class Use>
   void each_step(Heads heads, Index keys, const Use& use) const {
     const bool reads_once = rows_ == 1 && !operands_.values_are_keys;
     const Index budget = (Index(1) << (reads_once ? 16 : 15)) / static_cast<Index>(sizeof(Scalar));
-    const Index fewest = operands_.keys.is_stored_by_columns() ? simd::line<Scalar> : 8;
+    constexpr Index fewest = 8;
     const Index width = shape_.key_value_heads * std::max(shape_.head_dim, shape_.value_dim);
     const Index few = std::max(fewest, budget / std::max<Index>(width, 1) / fewest * fewest);
-    const Index step = may_ask_ahead() ? keys : few;
+    const Index step = may_ask_ahead() || reads_columns() ? keys : few;
     for (Index first = 0; first < keys; first += step) {
       const Index count = std::min(step, keys - first);
       each_group_in_sight(heads, [&](Index head, Index count_of_heads) {
@@ -227,6 +227,7 @@ class StreamProducts {
     const auto rows = operands_.keys_of(head, first_key + first, count);
     if (rows.col_stride == 1)
       return multiply_rows(head, heads, first, count, rows.data, rows.row_stride);
+    if (rows.is_stored_by_columns()) return multiply_columns(head, heads, first, rows);
     const Index stride = simd::padded<Accumulator>(shape_.head_dim);
     for (const Index end = head + heads; head < end; ++head) {
       simd::pack_rows(operands_.keys_of(head, first_key + first, count), Accumulator(1),
@@ -259,6 +260,27 @@ class StreamProducts {
         values_ahead_);
   }
 
+  /// O += W·V of a key/value head, where V is stored by columns: its columns are the rows of K in Q·Kᵀ.
+  void add_columns_of_values(Index head, Index first, const MatrixView<const Scalar>& values,
+                             simd::ContiguousRows<Accumulator> out) {
+    const simd::ContiguousRows<Accumulator> sums{buffers_.packed_rows,
+                                                 simd::padded<Accumulator>(shape_.value_dim)};
+    for (Index row = 0, some; row < rows_; row += some) {
+      some = std::min(run_, rows_ - row);
+      simd::set_dot_products<Accumulator, Scalar>(
+          {1,
+           some,
+           values.cols,
+           values.rows,
+           {{scores(head, 0, first).from(row).data, buffers_.score_stride}, 0},
+           {{values.data, values.col_stride}, 0},
+           {sums, 0},
+           {{nullptr, 0}, 0}},
+          values_ahead_);
+      for (Index i = 0; i < some; ++i) simd::add_row(sums.row(i), out.row(row + i), values.cols);
+    }
+  }
+
   /// Whether the rows of a key/value head in a matrix with a row for each query are as they are
   /// wanted: whole packets, and one as far from the other as the next.
   template <class Stored>
@@ -283,11 +305,13 @@ class StreamProducts {
     }
   }
 
-  /// Values can be used as they lie where their rows are contiguous. Behind a mask they must be finite
-  /// besides, since 0·NaN is NaN; without one every value is seen.
+  /// Values can be used as they lie where their rows or columns are contiguous. Behind a mask they must be
+  /// finite besides, since 0·NaN is NaN; without one every value is seen.
   static bool can_be_read_in_place(const MatrixView<const Scalar>& values, Coverage coverage) {
-    if (values.col_stride != 1) return false;
-    return coverage == Coverage::full || simd::are_finite<Accumulator>(values);
+    const bool by_columns = values.is_stored_by_columns();
+    if (values.col_stride != 1 && !by_columns) return false;
+    return coverage == Coverage::full ||
+           simd::are_finite<Accumulator>(by_columns ? values.transposed() : values);
   }
 
   /// The tile of one of the query heads that share a key/value head.
@@ -304,6 +328,11 @@ class StreamProducts {
 
   /// Whether queries are taken several at a time.
   bool takes_blocks() const { return simd::rows_in_blocks(rows_) > 0; }
+
+  /// Whether keys or values are stored by columns.
+  bool reads_columns() const {
+    return operands_.keys.is_stored_by_columns() || operands_.values.is_stored_by_columns();
+  }
 
   const Operands<Scalar>& operands_;
   const Shape& shape_;
@@ -345,12 +374,28 @@ class StreamProducts {
         keys_ahead_);
   }
 
+  /// The same of keys that are stored by columns, which are the rows of V in W·V.
+  void multiply_columns(Index head, Index heads, Index first,
+                        const MatrixView<const Scalar>& keys) {
+    simd::set_rows_products<Accumulator, Scalar>(
+        {simd::Store::set,
+         heads,
+         rows_,
+         shape_.head_dim,
+         keys.rows,
+         queries_from(head),
+         {{keys.data, keys.col_stride}, shape_.head_dim * keys.col_stride},
+         {{scores(head, 0, first).data, buffers_.score_stride}, rows_ * buffers_.score_stride}},
+        keys_ahead_);
+  }
+
   Accumulator* key_bias(Index head) const {
     return buffers_.key_bias + head * buffers_.score_stride;
   }
 
   bool norms_come_with_products() const {
-    return !takes_blocks() && operands_.key_norm_weight != Accumulator(0);
+    return !takes_blocks() && operands_.key_norm_weight != Accumulator(0) &&
+           !operands_.keys.is_stored_by_columns();
   }
 
   /// Whether queries whose rows are so far apart compete for lines of the first-level cache with some keys,
@@ -381,12 +426,14 @@ class StreamProducts {
   /// cache.
   void fill_key_bias_of(Index head, Index first_key, Index keys) {
     Accumulator* const bias = key_bias(head);
+    const auto rows = operands_.keys_of(head, first_key, keys);
     if (norms_come_with_products()) {
       std::fill(bias + keys, bias + simd::padded<Accumulator>(keys), Accumulator(0));
-      finish_key_bias(operands_, head, first_key, keys, bias);
-    } else {
-      fill_key_bias(operands_, head, first_key, operands_.keys_of(head, first_key, keys), bias);
+    } else if (Accumulator* const norms = start_key_bias(operands_, keys, bias)) {
+      rows.is_stored_by_columns() ? simd::squared_norms_by_columns(rows, norms)
+                                  : simd::squared_norms(rows, norms);
     }
+    finish_key_bias(operands_, head, first_key, keys, bias);
   }
 
   bool queries_lie_ready_;
@@ -429,7 +476,8 @@ class StreamTask : StreamProducts<Scalar> {
     const bool asks = this->asks_ahead(second_level);
     // Values, and those of the next run, share the second-level cache with the keys: halves of a run
     // save about a tenth of the time.
-    const Index most = takes_blocks() && !operands_.values_are_keys ? blocks(run_, 2) : run_;
+    const bool halves = takes_blocks() && !operands_.values_are_keys && !reads_columns();
+    const Index most = halves ? blocks(run_, 2) : run_;
     const Index end = first_key + keys;
     for (Index key = first_key, count; key < end; key += count) {
       count = operands_.run_of_keys(key, std::min(most, end - key));
@@ -444,7 +492,7 @@ class StreamTask : StreamProducts<Scalar> {
   using Products::buffers_, Products::group_, Products::operands_, Products::rows_, Products::run_,
       Products::shape_;
   using Products::can_be_read_in_place, Products::multiply_values, Products::scores,
-      Products::takes_blocks, Products::tile_of;
+      Products::reads_columns, Products::takes_blocks, Products::tile_of;
   using Heads = typename Products::Heads;
 
   /// Some heads against one run of keys: all its scores, then their weights, then what these add to
@@ -506,7 +554,9 @@ class StreamTask : StreamProducts<Scalar> {
                           const SoftmaxRows<Accumulator>& outs) {
     const auto value_rows = operands_.values_of(head, first_key + first, count);
     if (can_be_read_in_place(value_rows, coverage)) {
-      multiply_values(head, 1, first, value_rows, simd::Store::add, {outs.out, outs.stride});
+      value_rows.is_stored_by_columns()
+          ? this->add_columns_of_values(head, first, value_rows, {outs.out, outs.stride})
+          : multiply_values(head, 1, first, value_rows, simd::Store::add, {outs.out, outs.stride});
       return;
     }
     const auto values = pack_row_operand(value_rows, Accumulator(1), buffers_.packed_rows,
@@ -547,7 +597,7 @@ class StreamTask : StreamProducts<Scalar> {
     if constexpr (std::is_same_v<Scalar, Accumulator>) {
       const auto value_rows = operands_.values_of(head, 0, shape_.keys);
       if (coverage != Coverage::empty && this->lie_ready(outputs.out) &&
-          can_be_read_in_place(value_rows, coverage)) {
+          value_rows.col_stride == 1 && can_be_read_in_place(value_rows, coverage)) {
         multiply_values(head, 1, 0, value_rows, simd::Store::set,
                         {outputs.out.block_cols(head * group_ * width, width).data,
                          this->row_distance(outputs.out)});

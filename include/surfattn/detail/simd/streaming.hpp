@@ -567,4 +567,26 @@ void set_rows_products(const RowsProducts<Scalar, Source>& all, Ahead& ahead) {
   if (all.width % lanes<Scalar> != 0) set_rest_of_rows(all);
 }
 
+/// ‖row‖² of each row of a matrix that is stored by columns, the bits of its product with itself over whole
+/// packets of rows.
+template <class Scalar, class Source>
+SURFATTN_NEVER_INLINE void squared_norms_by_columns(MatrixView<const Source> rows, Scalar* to) {
+  constexpr Index packets = 4;
+  for (Index first = 0; first < rows.rows; first += packets * lanes<Scalar>) {
+    Packet<Scalar> sums[packets];
+    SURFATTN_UNROLL
+    for (auto& sum : sums) sum = broadcast(Scalar(0));
+    for (Index c = 0; c < rows.cols; ++c) {
+      SURFATTN_UNROLL
+      for (Index p = 0; p < packets; ++p) {
+        const Index row = first + p * lanes<Scalar>;
+        const auto x = gather<Scalar>(&rows(row, c), 1, rows.rows - row);
+        sums[p] = multiply_add(x, x, sums[p]);
+      }
+    }
+    for (Index p = 0; p < packets && first + p * lanes<Scalar> < rows.rows; ++p)
+      store_unaligned(to + first + p * lanes<Scalar>, sums[p]);
+  }
+}
+
 }  // namespace surfattn::detail::simd
