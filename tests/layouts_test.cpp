@@ -157,6 +157,19 @@ TEST_CASE("what is not finite in columns behind a mask is not seen by few querie
   }
 }
 
+TEST_CASE("queries whose rows lie a multiple of 4096 bytes apart have the bits of others",
+          "[layouts]") {
+  std::mt19937_64 random = seeded_random();
+  for (const Index queries : {4, 5, 8, 16}) {
+    CAPTURE(seed(), queries);
+    const Problem<float> p(Sizes{queries, 300, 128, 16, 8, 8}, random);
+    Matrix<float> wider = Matrix<float>::Constant(queries, 8 * 128 + 16, 77);
+    wider.leftCols(8 * 128) = p.queries;
+    CHECK(same_bits(attention(p.queries, p.keys, p.values, {.heads = p.heads}),
+                    attention(wider.leftCols(8 * 128), p.keys, p.values, {.heads = p.heads})));
+  }
+}
+
 TEST_CASE("few queries of a batch read columns to the bits that they have alone", "[layouts]") {
   std::mt19937_64 random = seeded_random();
   for (const Index queries : {1, 3, 9}) {

@@ -8,10 +8,10 @@ using namespace surfattn::test;
 namespace {
 
 /// Queries, keys, widths and heads on both sides of what can be read in place: whole packets and others, one query of
-/// several heads to a key head, and several queries of them.
+/// several heads to a key head, and several queries of them; and one or two queries, which are not taken head by head.
 const std::vector<Sizes> short_sizes = {
-    {10, 10, 256, 256, 2, 2}, {1, 7, 32, 16, 4, 2}, {3, 5, 32, 32, 4, 2},  {7, 15, 24, 40, 2, 2},
-    {9, 16, 16, 64, 1, 1},    {2, 0, 16, 16, 2, 2}, {16, 13, 48, 16, 3, 3}};
+    {10, 10, 256, 256, 2, 2}, {1, 7, 32, 16, 4, 2},  {1, 7, 32, 16, 8, 2}, {3, 5, 32, 32, 4, 2},
+    {7, 15, 24, 40, 2, 2},    {9, 16, 16, 64, 1, 1}, {2, 0, 16, 16, 2, 2}, {16, 13, 48, 16, 3, 3}};
 
 }  // namespace
 

@@ -28,8 +28,8 @@ struct StreamPlan {
   using Accumulator = accumulator_t<Scalar>;
 
   Shape shape;
-  Index run_of_rows;  ///< keys that one task visits at a time, for all heads
-  Index run;          ///< the same where keys or values are stored by columns: the most
+  Index run_of_rows;  ///< keys that one task visits at a time at most, for all heads
+  Index run;          ///< the same where keys or values are columns; what buffers have room for
   Index part;         ///< keys of one item
   Index items;
 
@@ -96,19 +96,19 @@ struct StreamBuffers {
 
 template <class Scalar>
 SURFATTN_NEVER_INLINE StreamPlan<Scalar>::StreamPlan(const Shape& sequence) : shape(sequence) {
-  // A run of tokens stays in the second-level cache: its keys or its values, which are read one after
-  // the other, or, where several queries ask for the next run meanwhile, both, and those of that one.
+  // A run of rows stays in the second-level cache: its keys or its values, which are read one after the
+  // other, or, where several queries may ask for the next run meanwhile, the keys of both; values of their
+  // own leave room for halves. One head's rows of it fit the first-level cache.
   const bool in_blocks = simd::rows_in_blocks(shape.group() * shape.queries) > 0;
   const Index of_token =
       in_blocks ? shape.head_dim + shape.value_dim : std::max(shape.head_dim, shape.value_dim);
   const Index width = shape.key_value_heads * of_token;
   constexpr Index first_level = (Index(1) << 15) / static_cast<Index>(sizeof(Accumulator));
   const Index of_head = std::max<Index>(16, first_level / std::max<Index>(shape.head_dim, 1));
+  // The room must not depend on the number of queries: who has enough for several has for one.
   constexpr Index most = 256;
-  const Index all = std::max<Index>(shape.keys, 1);
-  run_of_rows = std::min({tile_rows<Accumulator>(most, width), of_head, all});
-  // Of columns, one to three queries read pieces of 1 KB in half the time of shorter ones.
-  run = in_blocks ? run_of_rows : std::min(most, all);
+  run = std::min(most, std::max<Index>(shape.keys, 1));
+  run_of_rows = std::min({tile_rows<Accumulator>(most, width), of_head, run});
   constexpr Index parts = 16, fewest_keys = 1024;
   part = std::max(fewest_keys, blocks(blocks(shape.keys, parts), run) * run);
   items = std::max<Index>(1, blocks(shape.keys, part));
@@ -133,9 +133,9 @@ class StreamProducts {
       : operands_(operands),
         shape_(operands.shape),
         buffers_(buffers),
-        run_(reads_columns() ? plan.run : plan.run_of_rows),
         group_(shape_.group()),
         rows_(group_ * shape_.queries),
+        run_(reads_long_pieces() ? plan.run : plan.run_of_rows),
         queries_lie_ready_(lie_ready(operands.queries) &&
                            (takes_head_by_head() || !compete(row_distance(operands.queries)))) {
     for (Index head = 0; head < shape_.query_heads && !queries_lie_ready_; ++head) {
@@ -342,11 +342,15 @@ class StreamProducts {
   const Operands<Scalar>& operands_;
   const Shape& shape_;
   StreamBuffers<Accumulator>& buffers_;
-  Index run_;    ///< keys that are visited at a time
   Index group_;  ///< query heads that share a key/value head
   Index rows_;   ///< of one key/value head
+  Index run_;    ///< keys that are visited at a time at most
 
  private:
+  /// Whether columns are read a kilobyte at a time: one to three queries take half the time of shorter
+  /// pieces for that, several do not.
+  bool reads_long_pieces() const { return reads_columns() && !takes_blocks(); }
+
   /// Whether they may ask for memory.
   bool may_ask_ahead() const { return simd::blocks_ask_ahead && takes_blocks(); }
 
@@ -405,7 +409,7 @@ class StreamProducts {
 
   /// Whether queries whose rows are so far apart compete for lines of the first-level cache with some keys,
   /// which they are multiplied with again and again: 16 of them took up to a tenth more time. Rows a
-  /// multiple of 4096 bytes apart, as in many models, all lie in the same `ways` lines.
+  /// multiple of 4096 bytes apart, as in many models, share one set of lines, eight in caches of 32 KB.
   bool compete(Index distance) const {
     constexpr Index ways = 8, keys = 4, page = 4096 / static_cast<Index>(sizeof(Scalar));
     return rows_ + keys > ways * (page / std::gcd(distance, page));
@@ -479,8 +483,7 @@ class StreamTask : StreamProducts<Scalar> {
     outs.reset(shape_.query_heads * shape_.queries);
     constexpr Index second_level = Index(1) << 20;
     const bool asks = this->asks_ahead(second_level);
-    // Values, and those of the next run, share the second-level cache with the keys: halves of a run
-    // save about a tenth of the time.
+    // Halves of a run, where values share the cache with keys, save about a tenth of the time.
     const bool halves = takes_blocks() && !operands_.values_are_keys && !reads_columns();
     const Index most = halves ? blocks(run_, 2) : run_;
     const Index end = first_key + keys;

@@ -539,8 +539,8 @@ SURFATTN_NEVER_INLINE void set_rows_in_blocks(Index first, const RowsProducts<Sc
 
 inline constexpr int large_block = 8;
 
-/// The rows that make up large blocks, which read those of B half as often. For C in a buffer, where rows
-/// follow each other: elsewhere they compete with those of B for lines of the cache.
+/// The rows that make up large blocks, which read those of B half as often. A function of its own, so that
+/// the loops of smaller blocks keep their registers.
 template <class Scalar, class Source, class Ahead>
 SURFATTN_NEVER_INLINE void set_rows_in_large_blocks(const RowsProducts<Scalar, Source>& all,
                                                     Ahead& ahead) {
@@ -556,6 +556,8 @@ void set_rows_products(const RowsProducts<Scalar, Source>& all, Ahead& ahead) {
   const Index in_blocks = rows_in_blocks(all.rows);
   Index first = 0;
   if constexpr (registers >= 32) {
+    // What is added to is a buffer, whose rows follow each other. Elsewhere so many rows of C compete with
+    // those of B for lines of the cache.
     if (all.mode == Store::add) first = all.rows / large_block * large_block;
     if (first > 0) set_rows_in_large_blocks(all, ahead);
   }
