@@ -79,6 +79,40 @@ Comparison decode_both_forms(Index length, Index heads, Index head_dim, KeyPrior
   return {step(surface), step(standard)};
 }
 
+/// Keys and values in both storage orders, and what one query against them needs.
+struct Past {
+  Matrix<float> keys, values, query, out;
+  Eigen::MatrixXf key_columns, value_columns;
+  Options options;
+  Workspace workspace;
+
+  Past(Index length, Index heads, Index head_dim)
+      : keys(Matrix<float>::Random(length, heads * head_dim)),
+        values(Matrix<float>::Random(length, heads * head_dim)),
+        query(Matrix<float>::Random(1, heads * head_dim)),
+        out(1, heads * head_dim),
+        key_columns(keys),
+        value_columns(values),
+        options{.heads = {heads}},
+        workspace(workspace_size(Pass::forward, query, keys, values, options)) {}
+
+  void attend_to_rows() { attention_into(query, keys, values, out, workspace, options); }
+  void attend_to_columns() {
+    attention_into(query, key_columns, value_columns, out, workspace, options);
+  }
+};
+
+/// One query against keys and values that are stored by columns, against the same stored by rows.
+Comparison decode_columns(Index length, Index heads, Index head_dim) {
+  const auto past = std::make_shared<Past>(length, heads, head_dim);
+  past->attend_to_rows();
+  const Matrix<float> expected = past->out;
+  past->attend_to_columns();
+  if (!((past->out - expected).cwiseAbs().maxCoeff() <= 1e-5f))
+    throw std::logic_error("columns do not give what rows give");
+  return {[=] { past->attend_to_columns(); }, [=] { past->attend_to_rows(); }};
+}
+
 /// A token through a layer of the paper's width, whose heads are as wide as its input: one cache of
 /// inputs against one of keys and values for each head.
 Comparison decode_layer(Index length, Index heads, Index width) {
@@ -113,6 +147,8 @@ void add_cache_rows(std::vector<Row>& rows) {
                   [] { return decode_both_forms(16384, 8, 128, KeyPrior::sdpa); }});
   rows.push_back({"cache-decode-one-head", "keys and values", 1.7,
                   [] { return decode_both_forms(16384, 1, 256, KeyPrior::sdpa); }});
+  rows.push_back(
+      {"decode-columns", "stored by rows", 0.7, [] { return decode_columns(16000, 8, 128); }});
   rows.push_back(
       {"cache-decode-layer", "standard layer", 0, [] { return decode_layer(16384, 8, 256); }});
 }
