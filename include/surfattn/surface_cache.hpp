@@ -186,9 +186,9 @@ CacheShape<Scalar> read_shape(CheckedReader& from, const Require& require, Index
 ///     Surface<float> cache(width, width, {.heads = {8}, .capacity = 2048});
 ///     for (...) { cache.append(key, value); out = cache.attend(query); }
 ///
-/// What it gives is what `project` or `attention` gives for the same keys, oldest first: the same
-/// bits in the standard form and under KeyPrior::sdpa while the keys lie in one piece of memory,
-/// within rounding otherwise, since norms are formed once, when a key is appended, and tiles end
+/// What it gives is what `project` or `attention` gives for the same keys, oldest first, stored by
+/// rows: the same bits in the standard form and under KeyPrior::sdpa while the keys lie in one piece of
+/// memory, within rounding otherwise, since norms are formed once, when a key is appended, and tiles end
 /// where a piece of memory ends. Only where there is no key yet it reports an error, since nothing
 /// can be projected onto nothing. Terms count keys from the oldest that is held.
 ///
