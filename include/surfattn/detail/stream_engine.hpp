@@ -105,7 +105,8 @@ SURFATTN_NEVER_INLINE StreamPlan<Scalar>::StreamPlan(const Shape& sequence) : sh
   const Index width = shape.key_value_heads * of_token;
   constexpr Index first_level = (Index(1) << 15) / static_cast<Index>(sizeof(Accumulator));
   const Index of_head = std::max<Index>(16, first_level / std::max<Index>(shape.head_dim, 1));
-  // The room must not depend on the number of queries: who has enough for several has for one.
+  // Columns are read in half the time of shorter pieces a kilobyte at a time. The room must not depend on
+  // the number of queries: who has enough for several has for one.
   constexpr Index most = 256;
   run = std::min(most, std::max<Index>(shape.keys, 1));
   run_of_rows = std::min({tile_rows<Accumulator>(most, width), of_head, run});
@@ -135,7 +136,7 @@ class StreamProducts {
         buffers_(buffers),
         group_(shape_.group()),
         rows_(group_ * shape_.queries),
-        run_(reads_long_pieces() ? plan.run : plan.run_of_rows),
+        run_(reads_columns() ? plan.run : plan.run_of_rows),
         queries_lie_ready_(lie_ready(operands.queries) &&
                            (takes_head_by_head() || !compete(row_distance(operands.queries)))) {
     for (Index head = 0; head < shape_.query_heads && !queries_lie_ready_; ++head) {
@@ -154,12 +155,14 @@ class StreamProducts {
 
   /// Whether several queries ask for memory, head by head; else that is left to the hardware and to the
   /// products, and the rows of all heads are read in the order in which they lie. To ask for what a cache
-  /// of `cached` bytes holds, which was made just before as a rule, costs up to a fifth of the time.
+  /// of `cached` bytes holds, which was made just before as a rule, costs up to a fifth of the time. Only
+  /// rows are asked for.
   bool asks_ahead(Index cached) const {
     const Index width = shape_.head_dim + shape_.value_dim;
     const Index numbers = width * (shape_.packed_queries * shape_.query_heads +
                                    shape_.packed_keys * shape_.key_value_heads);
-    return may_ask_ahead() && numbers > cached / static_cast<Index>(sizeof(Scalar));
+    return may_ask_ahead() && !reads_columns() &&
+           numbers > cached / static_cast<Index>(sizeof(Scalar));
   }
 
   /// The next run comes from memory while one is computed, for all heads.
@@ -347,10 +350,6 @@ class StreamProducts {
   Index run_;    ///< keys that are visited at a time at most
 
  private:
-  /// Whether columns are read a kilobyte at a time: one to three queries take half the time of shorter
-  /// pieces for that, several do not.
-  bool reads_long_pieces() const { return reads_columns() && !takes_blocks(); }
-
   /// Whether they may ask for memory.
   bool may_ask_ahead() const { return simd::blocks_ask_ahead && takes_blocks(); }
 
