@@ -114,13 +114,15 @@ class Optimizer {
     return length > options_.clip_norm ? options_.clip_norm / length : 1;
   }
 
+  /// RMSprop has no first moment.
   static void step_rows(const Rule& rule, Embedding<Scalar>& table, Embedding<Scalar>& first,
                         Embedding<Scalar>& second, const RowGradients<Scalar>& gradients) {
+    const bool has_first = first.tokens.rows() > 0;
     for (std::size_t i = 0; i < gradients.rows.size(); ++i) {
       const Index row = gradients.rows[i];
-      const bool has_first = first.tokens.rows() > 0;
-      rule(table.tokens.row(row).array(), first.tokens.row(has_first ? row : 0).array(),
-           second.tokens.row(row).array(), gradients.values.row(static_cast<Index>(i)).array());
+      auto first_row = has_first ? first.tokens.middleRows(row, 1) : first.tokens.middleRows(0, 0);
+      rule(table.tokens.row(row).array(), first_row.array(), second.tokens.row(row).array(),
+           gradients.values.row(static_cast<Index>(i)).array());
     }
   }
 
