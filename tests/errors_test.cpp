@@ -1,12 +1,10 @@
 // Mistakes in arguments: each is reported in words that name the argument and the shapes, before
 // anything is written, through a handler that the program may replace.
-#include <stdexcept>
 
-// What the library lets through must not end the program before the test can say so.
-#define eigen_assert(condition) \
-  ((condition) ? static_cast<void>(0) : throw std::logic_error("eigen_assert(" #condition ")"))
+// clang-format off: this comes before all that includes Eigen
+#include "support/eigen.hpp"
+// clang-format on
 
-#include <Eigen/Core>
 #include <functional>
 #include <initializer_list>
 #include <limits>

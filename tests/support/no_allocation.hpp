@@ -1,20 +1,12 @@
-// A watch on all memory that is allocated. For one source file of a program, and before any other header: both kinds are
-// watched, Eigen's through a switch and an assertion that throws in every kind of build, all others through operator new.
+// A watch on all memory that is allocated, for one source file of a program. Both kinds are watched, Eigen's through a
+// switch and its assertion, all others through operator new.
 #pragma once
 
-#if defined(EIGEN_CORE_H) || defined(EIGEN_CORE_MODULE_H)
-#error "include support/no_allocation.hpp before all that includes Eigen"
-#endif
-
-#define EIGEN_RUNTIME_NO_MALLOC
-#include <stdexcept>
-#define eigen_assert(condition) \
-  ((condition) ? static_cast<void>(0) : throw std::logic_error("eigen_assert(" #condition ")"))
-
-#include <Eigen/Core>
 #include <cstddef>
 #include <cstdlib>
 #include <new>
+
+#include "support/eigen.hpp"
 
 namespace {
 std::size_t allocations = 0;

@@ -1,0 +1,5 @@
+#include "support/engine.hpp"
+
+namespace surfattn::detail {
+SURFATTN_TEST_ENGINE();
+}

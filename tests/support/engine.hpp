@@ -1,0 +1,57 @@
+// The parts of the engine that most tests use, compiled once for all of them in engine.cpp. It saves time
+// alone: a test that does not include this file compiles its own.
+#pragma once
+
+// clang-format off: this comes before all that includes Eigen
+#include "support/eigen.hpp"
+// clang-format on
+
+#include <surfattn/surfattn.hpp>
+
+/// `prefix` is `extern` where they are used, and nothing where they are compiled.
+#define SURFATTN_TEST_KERNELS(prefix, Scalar)                                                 \
+  prefix template void simd::set_dot_products(const simd::DotProducts<Scalar, Scalar>&,       \
+                                              simd::ProductAhead<Scalar>&);                   \
+  prefix template void simd::set_rows_products(const simd::RowsProducts<Scalar, Scalar>&,     \
+                                               simd::ProductAhead<Scalar>&);                  \
+  prefix template void simd::squared_norms_by_columns(MatrixView<const Scalar>, Scalar*);     \
+  prefix template void simd::product<simd::Store::set>(                                       \
+      Index, Index, Index, const simd::ColumnsOperand<Scalar>&, simd::Panels<Scalar>,         \
+      simd::Tile<Scalar>, simd::Finish<Scalar>);                                              \
+  prefix template void simd::product<simd::Store::add>(                                       \
+      Index, Index, Index, const simd::ColumnsOperand<Scalar>&, simd::Panels<Scalar>,         \
+      simd::Tile<Scalar>, simd::Finish<Scalar>);                                              \
+  prefix template void simd::product<simd::Store::add>(                                       \
+      Index, Index, Index, const simd::RowsOperand<Scalar>&, simd::Panels<Scalar>,            \
+      simd::Tile<Scalar>, simd::Finish<Scalar>);                                              \
+  prefix template void simd::pack_left<Scalar>(MatrixView<const Scalar>, Scalar, Scalar*);    \
+  prefix template void simd::pack_rows(MatrixView<const Scalar>, Scalar, Scalar*);            \
+  prefix template void simd::pack_transposed(MatrixView<const Scalar>, Scalar*);              \
+  prefix template void simd::pack_panels(MatrixView<const Scalar>, Scalar, Scalar*, Index,    \
+                                         simd::NonFiniteRows&, Scalar*);                      \
+  prefix template void simd::row_products(MatrixView<const Scalar>, MatrixView<const Scalar>, \
+                                          Scalar*);                                           \
+  prefix template void simd::squared_norms(MatrixView<const Scalar>, Scalar*);                \
+  prefix template void simd::softmax_gradient_row(Scalar*, Scalar*, Index, Scalar, Scalar,    \
+                                                  Scalar*);                                   \
+  prefix template Scalar simd::exp2_row(Scalar*, Index, Scalar);                              \
+  prefix template class StreamProducts<Scalar>;                                               \
+  prefix template class BackwardBlock<Scalar>
+
+/// The passes under masks of the given kinds.
+#define SURFATTN_TEST_TASKS(prefix, Scalar, BoundMasks)             \
+  prefix template class StreamTask<Scalar, TermChain<BoundMasks>>;  \
+  prefix template class ForwardTask<Scalar, TermChain<BoundMasks>>; \
+  prefix template class BackwardTask<Scalar, TermChain<BoundMasks>>
+
+/// All of that, to be used in surfattn's namespace `detail`.
+#define SURFATTN_TEST_ENGINE(prefix)     \
+  SURFATTN_TEST_KERNELS(prefix, float);  \
+  SURFATTN_TEST_KERNELS(prefix, double); \
+  SURFATTN_TEST_TASKS(prefix, float, );  \
+  SURFATTN_TEST_TASKS(prefix, double, ); \
+  SURFATTN_TEST_TASKS(prefix, double, CausalRange)
+
+namespace surfattn::detail {
+SURFATTN_TEST_ENGINE(extern);
+}
