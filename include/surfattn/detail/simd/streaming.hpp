@@ -88,8 +88,8 @@ class ProductAhead {
   ProductAhead() = default;
   /// `work`: that of the product, in any unit.
   ProductAhead(const MatrixView<const Source>& a, const MatrixView<const Source>& b, Index work)
-      : a_(a), b_(b), width_(std::max(a.cols, b.cols)), work_(work) {
-    pieces_ = std::max(a.rows, b.rows) * (rounded_up(width_, piece) / piece);
+      : a_(asked_of(a)), b_(asked_of(b)), width_(std::max(a_.cols, b_.cols)), work_(work) {
+    pieces_ = std::max(a_.rows, b_.rows) * (rounded_up(width_, piece) / piece);
   }
 
   /// Before so much of the work is done.
@@ -100,6 +100,11 @@ class ProductAhead {
 
  private:
   static constexpr Index line = simd::line<Source>, piece = 8 * line;
+
+  /// Rows whose numbers do not follow each other have too many lines to ask for.
+  static MatrixView<const Source> asked_of(const MatrixView<const Source>& rows) {
+    return rows.col_stride == 1 ? rows : MatrixView<const Source>{};
+  }
 
   /// Apart from the loops of the product, which need the registers.
   SURFATTN_NEVER_INLINE void ask() {
@@ -113,7 +118,7 @@ class ProductAhead {
 
   /// Inlined: compilers take a function that only prefetches for one without effect, and drop the call.
   SURFATTN_ALWAYS_INLINE void ask_piece(const MatrixView<const Source>& rows) const {
-    if (row_ >= rows.rows || rows.col_stride != 1) return;
+    if (row_ >= rows.rows) return;
     constexpr Index some = 4;
     const Source* const row = rows.row(row_);
     const Index end = std::min(col_ + piece, rows.cols);
