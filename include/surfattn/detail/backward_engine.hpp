@@ -214,13 +214,13 @@ class BackwardBlock {
     for (Index n = 0; n < key_tiles(); ++n) {
       KeyTileBuffers<Accumulator>& tile = buffers_.key_tiles[n];
       add_norm_gradient(n, tile);
-      store_rows(tile.grad_keys, buffers_.key_stride,
-                 grad_keys.block_rows(first_key_of(n), keys_of(n)));
+      simd::write_rows<simd::Store::set>(tile.grad_keys, buffers_.key_stride,
+                                         grad_keys.block_rows(first_key_of(n), keys_of(n)));
       if (!operands_.values_are_keys) {
         const auto grad_values =
             gradients_.values->block_cols(key_value_head_ * shape_.value_dim, shape_.value_dim);
-        store_rows(tile.grad_values, buffers_.value_stride,
-                   grad_values.block_rows(first_key_of(n), keys_of(n)));
+        simd::write_rows<simd::Store::set>(tile.grad_values, buffers_.value_stride,
+                                           grad_values.block_rows(first_key_of(n), keys_of(n)));
       }
       if (!gradients_.key_bias) continue;
       for (Index j = 0; j < keys_of(n); ++j) {
@@ -294,10 +294,6 @@ class BackwardBlock {
                                        simd::row_elements<Accumulator>(rows, j, c, factor)));
       }
     }
-  }
-
-  static void store_rows(const Accumulator* from, Index stride, MatrixView<Scalar> to) {
-    simd::write_rows<simd::Store::set>(from, stride, to, [](Index) { return Accumulator(1); });
   }
 
   Index keys_;

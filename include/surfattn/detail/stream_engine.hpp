@@ -308,8 +308,7 @@ class StreamProducts {
     const Index width = shape_.value_dim;
     for (Index member = 0; member < group_; ++member) {
       simd::write_rows<simd::Store::set>(outs.tile(member * shape_.queries).data, outs.stride,
-                                         out.block_cols((head * group_ + member) * width, width),
-                                         [](Index) { return Accumulator(1); });
+                                         out.block_cols((head * group_ + member) * width, width));
     }
   }
 

@@ -410,6 +410,12 @@ void write_rows(const Scalar* from, Index stride, MatrixView<Result> to, const F
   }
 }
 
+/// The same without a factor.
+template <Store mode, class Scalar, class Result>
+void write_rows(const Scalar* from, Index stride, MatrixView<Result> to) {
+  write_rows<mode>(from, stride, to, [](Index) { return Scalar(1); });
+}
+
 /// Σ_ij a_ij·(b_ij − origin_j), where a zero in `a` (a query that took no part) hides whatever
 /// stands in `b`. `origin` is one row.
 template <class Scalar, class Source>
