@@ -56,8 +56,8 @@ struct BackwardBuffers {
       : key_stride(simd::padded<Accumulator>(shape.head_dim)),
         value_stride(simd::padded<Accumulator>(shape.value_dim)),
         score_stride(detail::score_stride<Accumulator>(tiling.key_tile)) {
-    for (auto& tile : key_tiles)
-      take_key_tile(arena, shape, tiling.key_tile, values_are_keys, tile);
+    for (Index n = 0; n * tiling.key_tile < std::min(tiling.block, shape.keys); ++n)
+      take_key_tile(arena, shape, tiling.key_tile, values_are_keys, key_tiles[n]);
     take_query_tile(arena, shape, tiling.query_tile);
     weights = arena.take<Accumulator>(tiling.query_tile * score_stride);
     grad_scores = arena.take<Accumulator>(tiling.query_tile * score_stride);

@@ -27,6 +27,11 @@ constexpr Index tile_rows(Index wanted, Index width) {
   return std::clamp(fitting / multiple * multiple, multiple, wanted);
 }
 
+/// So many rows of a tile as are `wanted` or as there are, whichever is less, in whole multiples.
+constexpr Index within(Index rows, Index wanted, Index multiple) {
+  return simd::rounded_up(std::clamp<Index>(rows, 1, wanted), multiple);
+}
+
 /// Rows of one of `tasks` tasks, whole tiles and at most `most`.
 constexpr Index task_rows(Index rows, Index tasks, Index tile, Index most) {
   return std::clamp(simd::rounded_up(rows / tasks, tile), tile, std::max(tile, most));
@@ -47,13 +52,15 @@ Tiling forward_tiling(const Shape& shape, Index workers) {
 }
 
 /// Blocks of keys add to the same gradients of queries, in an order that must not depend on the
-/// number of workers: cut by the problem alone, so that several threads have something to do.
+/// number of workers: cut by the problem alone, so that several threads have something to do. Tiles
+/// are no larger than the problem, for they are what a workspace has to hold.
 template <class Scalar>
 Tiling backward_tiling(const Shape& shape) {
   using Accumulator = accumulator_t<Scalar>;
   constexpr Index tasks = 4;
-  const Index keys = tile_rows<Accumulator>(256, std::max(shape.head_dim, shape.value_dim));
-  return {simd::rounded_up(std::min<Index>(keys, 128), simd::left_width<Accumulator>), keys,
+  const Index wanted = tile_rows<Accumulator>(256, std::max(shape.head_dim, shape.value_dim));
+  const Index keys = within(shape.keys, wanted, simd::panel_width<Accumulator>);
+  return {within(shape.queries, std::min<Index>(wanted, 128), simd::left_width<Accumulator>), keys,
           task_rows(shape.keys * shape.key_value_heads, tasks, keys, 4 * keys)};
 }
 
