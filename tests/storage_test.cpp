@@ -225,6 +225,41 @@ TEST_CASE("Inputs may have fixed sizes and be of mixed storage", "[storage]") {
       Eigen::Map<Columns<double>>(grad_projection.data(), num_queries, query_heads * head_dim));
 }
 
+/// Everything of both forms where there are columns of keys, of values or of neither.
+template <int storage>
+void check_without_columns(Index queries, Index width, Index value_width) {
+  using M = Eigen::Matrix<double, Eigen::Dynamic, Eigen::Dynamic, storage>;
+  CAPTURE(queries, width, value_width);
+  const M q = M::Random(queries, width), k = M::Random(40, width), v = M::Random(40, value_width);
+  const auto forward = attention_forward(q, k, v, {.scale = 1}, KeyLengths(30));
+  CHECK(forward.out.rows() == queries);
+  CHECK(forward.out.cols() == value_width);
+  const auto gradients =
+      attention_backward(q, k, v, forward, forward.out, {.scale = 1}, KeyLengths(30));
+  CHECK(gradients.values.cols() == value_width);
+  if (width > 0) return;
+  // all scores are 0
+  CHECK((forward.log_sum_exp.array() - std::log(30.0)).abs().maxCoeff() <= 1e-14);
+  CHECK(forward.out.isApprox(M(v.topRows(30).colwise().mean().replicate(queries, 1)), 1e-14));
+}
+
+TEST_CASE("Inputs may have no columns", "[storage]") {
+  for (const Index queries : {1, 3, 20}) {
+    for (const Index width : {0, 4}) {
+      for (const Index value_width : {0, 5}) {
+        check_without_columns<Eigen::RowMajor>(queries, width, value_width);
+        check_without_columns<Eigen::ColMajor>(queries, width, value_width);
+      }
+    }
+  }
+  // a view of no memory whose rows are apart all the same
+  using Apart = Eigen::Map<Matrix<double>, 0, Eigen::OuterStride<>>;
+  const Matrix<double> q = Matrix<double>::Ones(3, 4), k = Matrix<double>::Ones(40, 4), v(40, 0);
+  Apart out(nullptr, 3, 0, Eigen::OuterStride<>(8));
+  attention_into(q, k, v, out, Workspace(workspace_size(Pass::forward, q, k, v)), {},
+                 KeyLengths(30));
+}
+
 TEST_CASE("Inputs may be references to matrices", "[storage]") {
   using Constant = Eigen::Ref<const Columns<double>>;
   using Writable = Eigen::Ref<Matrix<double>, 0, Eigen::OuterStride<>>;

@@ -96,6 +96,9 @@ template <StoredMatrix T>
 auto view(T&& matrix) {
   using Element = std::remove_pointer_t<decltype(matrix.data())>;
   const bool row_major = plain_t<T>::IsRowMajor;
+  // Where there are no numbers there may be no memory either, which has no place behind its beginning.
+  if (matrix.size() == 0)
+    return MatrixView<Element>{matrix.data(), matrix.rows(), matrix.cols(), 0, 1};
   return MatrixView<Element>{matrix.data(), matrix.rows(), matrix.cols(),
                              row_major ? matrix.outerStride() : matrix.innerStride(),
                              row_major ? matrix.innerStride() : matrix.outerStride()};
