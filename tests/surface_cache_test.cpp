@@ -271,6 +271,17 @@ void check_workspaces(const Surface<Scalar>& surface) {
   }
 }
 
+TEST_CASE("What an empty cache holds has its widths, with memory and without", "[cache]") {
+  for (const Index capacity : {0, 4}) {
+    const Surface<double> surface(8, {.capacity = capacity}), pairs(8, 6, {.capacity = capacity});
+    CHECK((surface.keys().rows() == 0 && surface.keys().cols() == 8));
+    CHECK((surface.values().rows() == 0 && surface.values().cols() == 8));
+    CHECK((pairs.keys().cols() == 8 && pairs.values().cols() == 6));
+    const Matrix<double> query = Matrix<double>::Ones(1, 8);
+    CHECK(project(query, surface.keys()) == Matrix<double>::Zero(1, 8));
+  }
+}
+
 TEST_CASE("A workspace serves every number of queries up to its own, at any size", "[cache]") {
   Surface<float> surface(64, {.heads = {8}});
   surface.append(Matrix<float>::Random(20000, 64));
@@ -497,8 +508,10 @@ TEST_CASE("Mistakes are named, and change nothing", "[cache]") {
   CHECK_THROWS_AS(Surface<float>(5, {.heads = {2}}), std::invalid_argument);
   CHECK_THROWS_AS(Surface<float>(4, {.heads = {0}}), std::invalid_argument);
   says([] { Surface<float>(-4); },
-       ": the widths of keys and values must not be negative, but are -4 and -4");
-  CHECK_THROWS_AS(Surface<float>(4, 5, {.heads = {2}}), std::invalid_argument);
+       ": key_width must not be negative and divide into 1 key/value heads, but is -4");
+  says([] { Surface<float>(4, 5, {.heads = {2}}); },
+       ": value_width must not be negative and divide into 2 key/value heads, but is 5");
+  says([] { Surface<float>(4).reserve(-3); }, "::reserve: keys must not be negative, but is -3");
 
   says([&] { surface.project(M(1, 4)); }, "::project: the cache is empty: append keys first");
   says([&] { surface.append(M(2, 5)); },

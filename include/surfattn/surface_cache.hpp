@@ -83,15 +83,18 @@ struct CacheMagic {
 /// What both forms need.
 inline void require_cache_sizes(const Require& require, Index key_width, Index value_width,
                                 const Heads& heads, std::optional<Index> window, Index capacity) {
-  if (key_width < 0 || value_width < 0) {
-    require.fail("the widths of keys and values must not be negative, but are " +
-                 std::to_string(key_width) + " and " + std::to_string(value_width));
+  const Index key_value_heads = std::max<Index>(heads.key_value.value_or(heads.query), 1);
+  for (const auto& [name, width] :
+       {std::pair{"key_width", key_width}, std::pair{"value_width", value_width}}) {
+    if (width >= 0 && width % key_value_heads == 0) continue;
+    require.fail(name +
+                 (" must not be negative and divide into " + std::to_string(key_value_heads)) +
+                 " key/value heads, but is " + std::to_string(width));
   }
   if (window && *window < 1)
     require.fail("window must be at least 1, but is " + std::to_string(*window));
   require_capacity(require, capacity);
   // A call of no queries and no keys, for its checks of heads and widths.
-  const Index key_value_heads = std::max<Index>(heads.key_value.value_or(heads.query), 1);
   const Index query_width = key_width / key_value_heads * std::max<Index>(heads.query, 0);
   require.shapes({0, query_width}, {0, key_width}, {0, value_width}, heads, {});
 }
@@ -251,9 +254,12 @@ class Surface {
   }
 
   /// Copies of what is held, oldest first: size() rows. For a backward pass, say.
-  Matrix<Scalar> keys() const { return copied(&detail::KeySegment<Scalar>::keys); }
+  Matrix<Scalar> keys() const {
+    return copied(&detail::KeySegment<Scalar>::keys, shape_.key_width);
+  }
   Matrix<Scalar> values() const {
-    return shape_.values_are_keys ? keys() : copied(&detail::KeySegment<Scalar>::values);
+    return shape_.values_are_keys ? keys()
+                                  : copied(&detail::KeySegment<Scalar>::values, shape_.value_width);
   }
 
   /// Appends keys, m × (Hkv·d), of the surface form, under the prior of the cache. A window then
@@ -299,6 +305,7 @@ class Surface {
   void reserve(Index keys) {
     constexpr detail::Require require("Surface::reserve");
     if (shape_.window) require.fail("this cache is a ring buffer: its memory is its window");
+    if (keys < 0) require.fail("keys must not be negative, but is " + std::to_string(keys));
     if (keys > size()) store_.reserve(keys - size());
   }
 
@@ -579,10 +586,12 @@ class Surface {
     }
   }
 
-  Matrix<Scalar> copied(detail::MatrixView<const Scalar> detail::KeySegment<Scalar>::*part) const {
+  /// A cache without memory has no widths in its segments.
+  Matrix<Scalar> copied(detail::MatrixView<const Scalar> detail::KeySegment<Scalar>::*part,
+                        Index width) const {
     const Segments segments = store_.segments();
     const auto older = segments.first.*part, newer = segments.second.*part;
-    Matrix<Scalar> all(older.rows + newer.rows, older.cols);
+    Matrix<Scalar> all(older.rows + newer.rows, width);
     for (Index j = 0; j < all.rows(); ++j) {
       const auto& from = j < older.rows ? older : newer;
       const Index row = j < older.rows ? j : j - older.rows;
