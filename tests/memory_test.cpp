@@ -31,6 +31,17 @@ TEST_CASE("workspaces for 65,536 queries and keys are below 64 MiB and hardly gr
   }
 }
 
+TEST_CASE("workspaces of small problems are small") {
+  const auto bytes = [](Index count, Index columns) {
+    const Eigen::Map<const Matrix<float>> x(nullptr, count, columns);
+    return std::max({workspace_size(Pass::forward, x, x, x),
+                     workspace_size(Pass::backward, x, x, x),
+                     workspace_size(Pass::backward, x, x)});
+  };
+  CHECK(bytes(7, 8) < 32 << 10);
+  CHECK(bytes(16, 16) < 64 << 10);
+}
+
 TEST_CASE(
     "peak memory for 65,536 queries and keys, forward and backward, is below 64 MiB more than "
     "inputs and outputs") {
