@@ -315,8 +315,8 @@ void project_metric_forward_into(const Queries& queries, const Keys& keys,
 /// `project_forward` with a diagonal metric: S_ij = −Σ_c m_c (q_ic − k_jc)²/(2σ²) + log π_j.
 ///
 /// `metric`: m > 0, one number for each column of a head (1×d, for all heads) or of the keys
-/// (1×(Hkv·d)). Everything else as for `project_forward`; with KeyPrior::sdpa S_ij = β·Σ_c
-/// m_c·q_ic·k_jc. Returns {out, log_sum_exp}. Allocates scaled copies of queries and keys besides.
+/// (1×(Hkv·d)). Everything else as for `project_forward`, but no numbers of 16 bits; with
+/// KeyPrior::sdpa S_ij = β·Σ_c m_c·q_ic·k_jc. Returns {out, log_sum_exp}. Allocates scaled copies of queries and keys besides.
 /// Errors as for `project`; a metric of another size, or one that is not positive.
 template <class Queries, class Keys, class... Terms>
 auto project_metric_forward(const Queries& queries, const Keys& keys,

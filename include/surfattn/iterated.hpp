@@ -259,6 +259,7 @@ void project_iterated_into(const Queries& queries, const Keys& keys, Out&& out,
                            const SurfaceOptions& options = {}, const Terms&... terms) {
   using Scalar = detail::scalar_t<Queries>;
   detail::check_inputs_at_compile_time<Queries, Keys>();
+  detail::refuse_16_bits_at_compile_time<Scalar>();
   detail::check_outputs_at_compile_time<Scalar, Out>();
   constexpr detail::Require require("project_iterated");
   const auto& q = detail::stored(queries);
@@ -297,14 +298,15 @@ void project_iterated_into(const Queries& queries, const Keys& keys, Out&& out,
 /// Projects T times: q_{t+1} = q_t + η·(P(q_t) − q_t), and keeps what the backward pass needs, T
 /// copies of the queries and of their projections, and says how fast the steps shrink.
 ///
-/// queries, keys, options, terms and errors as for `project`; besides, a step size that is not
-/// positive, a negative number of steps. T = 0 returns the queries. A query that sees no key gets 0.
-/// Time and workspace T times those of `project`.
+/// queries, keys, options, terms and errors as for `project`, but no numbers of 16 bits; besides, a
+/// step size that is not positive, a negative number of steps. T = 0 returns the queries. A query that
+/// sees no key gets 0. Time and workspace T times those of `project`.
 template <class Queries, class Keys, class... Terms>
 auto project_iterated_forward(const Queries& queries, const Keys& keys, const Iteration& iteration,
                               const SurfaceOptions& options = {}, const Terms&... terms) {
   using Scalar = detail::scalar_t<Queries>;
   detail::check_inputs_at_compile_time<Queries, Keys>();
+  detail::refuse_16_bits_at_compile_time<Scalar>();
   constexpr detail::Require require("project_iterated_forward");
   detail::check_iteration(iteration, require);
   require.shapes(detail::extent(queries), detail::extent(keys), detail::extent(keys), options.heads,
@@ -336,6 +338,7 @@ void project_iterated_forward_into(const Queries& queries, const Keys& keys, Out
                                    const Terms&... terms) {
   using Scalar = detail::scalar_t<Queries>;
   detail::check_inputs_at_compile_time<Queries, Keys>();
+  detail::refuse_16_bits_at_compile_time<Scalar>();
   detail::check_outputs_at_compile_time<Scalar, Out, Points, Projections, LogSumExp>();
   constexpr detail::Require require("project_iterated_forward");
   detail::check_iteration(iteration, require);
@@ -369,6 +372,7 @@ auto project_iterated(const Queries& queries, const Keys& keys, const Iteration&
                       const SurfaceOptions& options = {}, const Terms&... terms) {
   using Scalar = detail::scalar_t<Queries>;
   detail::check_inputs_at_compile_time<Queries, Keys>();
+  detail::refuse_16_bits_at_compile_time<Scalar>();
   Matrix<Scalar> out = queries;
   project_iterated_into(out, keys, out, Workspace(iterated_workspace_size(out, keys, options)),
                         iteration, options, terms...);

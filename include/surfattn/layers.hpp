@@ -380,8 +380,8 @@ StandardWeights<Scalar> without_numbers(const StandardWeights<Scalar>& weights) 
 
 /// A standard layer: attention(X·Wq + bq, Y·Wk + bk, Y·Wv + bv)·Wo + bo, with norms and rotation of
 /// queries and keys and with k_equals_v as the weights say, for x: Tx × D and y: Ty × Dy, of one
-/// sequence or of a batch. `terms` as for `attention`. Allocates its result, the projections and a
-/// workspace. Errors: weights or inputs whose shapes do not fit together; weights that rotate without
+/// sequence or of a batch, of float, double or long double. `terms` as for `attention`. Allocates its
+/// result, the projections and a workspace. Errors: weights or inputs whose shapes do not fit together; weights that rotate without
 /// positions where x and y differ in length, positions for weights that do not.
 template <class X, class Y, class Scalar, class... Terms>
 StandardLayerForward<Scalar> layer_forward(const X& x, const Y& y,
@@ -389,6 +389,7 @@ StandardLayerForward<Scalar> layer_forward(const X& x, const Y& y,
                                            const LayerOptions& options = {},
                                            const Terms&... terms) {
   detail::check_inputs_at_compile_time<X, Y, Matrix<Scalar>>();
+  detail::refuse_16_bits_at_compile_time<Scalar>();
   constexpr detail::Require require("layer_forward");
   const detail::Shape shape = detail::standard_layer_shape(require, x, y, weights, options);
   StandardLayerForward<Scalar> forward;
@@ -413,6 +414,7 @@ SurfaceLayerForward<Scalar> layer_forward(const X& x, const Y& y,
                                           const SurfaceWeights<Scalar>& weights,
                                           const LayerOptions& options = {}, const Terms&... terms) {
   detail::check_inputs_at_compile_time<X, Y, Matrix<Scalar>>();
+  detail::refuse_16_bits_at_compile_time<Scalar>();
   constexpr detail::Require require("layer_forward");
   const Index width = detail::surface_width(weights, require);
   detail::require_layer_inputs(require, x, y, weights.metric.rows(), width);

@@ -426,9 +426,9 @@ void local_linear_forward_into(const Queries& queries, const Keys& keys, const V
 /// Local-linear projection f(q) = q − λ·C⁻¹(q − μ) of each query onto the surface that the keys
 /// sample; see above for the formula.
 ///
-/// `queries`, `keys`, `options` and `terms` as for `project`, which gives the weights, but for sinks
-/// and dropout; `ridge` is λ > 0, a variance in the squared units of the keys. A query that sees no
-/// key gets 0.
+/// `queries`, `keys`, `options` and `terms` as for `project`, which gives the weights, but for sinks,
+/// dropout and numbers of 16 bits; `ridge` is λ > 0, a variance in the squared units of the keys. A
+/// query that sees no key gets 0.
 ///
 /// Moments are summed about μ, which a first pass over the keys finds, so nothing cancels; C is
 /// factorised by Cholesky. Its condition is at most 1 + (Σ w‖k − μ‖²)/λ: in float choose λ above

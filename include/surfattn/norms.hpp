@@ -20,7 +20,9 @@
 ///
 ///     dx = r·(u − [layer] mean u − x̂·κ·Σ u∘x̂),   dgain = Σ dy∘x̂,   dbias = Σ dy.
 ///
-/// Where ε = 0 and the block has no extent, r is 0: it gives its bias and has gradient 0.
+/// Where ε = 0 and the block has no extent, r is 0: it gives its bias and has gradient 0. Squares are
+/// taken in the type of the matrix, so numbers beyond the square root of its range count as infinite,
+/// with r = 0, and those below that of its smallest number as 0.
 namespace surfattn {
 
 /// Which norm: none leaves its input as it is.

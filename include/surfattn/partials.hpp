@@ -16,7 +16,8 @@
 
 /// Keys may be cut over calls, threads or machines: attention over each part gives (out,
 /// log_sum_exp), and these merge into what attention over all keys gives, exactly but for rounding.
-/// The order of the parts does not matter, and parts may themselves be merged ones.
+/// The order of the parts does not matter, and parts may themselves be merged ones. Terms count queries
+/// and keys within the call of a part; a Sink, which stands beside all keys, belongs into one part alone.
 namespace surfattn {
 namespace detail {
 

@@ -160,7 +160,8 @@ class Require {
   template <class Scalar>
   void usable_scale(Scalar scale, bool positive) const {
     if (positive ? scale > 0 && std::isnormal(scale) : std::isfinite(scale)) return;
-    fail("scale = 1/bandwidth² must be " + std::string(positive ? "positive, normal and " : "") +
+    fail(std::string(positive ? "scale = 1/bandwidth² must be positive, normal and "
+                              : "scale must be ") +
          "finite in the precision of queries, but is " + std::to_string(scale));
   }
 
@@ -249,6 +250,15 @@ class Require {
   const char* function_;
   std::optional<Index> sequence_ = {};
 };
+
+/// For what computes with its numbers as they are stored.
+template <class Scalar>
+constexpr void refuse_16_bits_at_compile_time() {
+  static_assert(
+      std::is_same_v<Scalar, accumulator_t<Scalar>>,
+      "surfattn: this function takes float, double or long double; numbers of 16 bits are "
+      "for attention, project and Surface");
+}
 
 template <class... Matrices>
 constexpr void check_inputs_at_compile_time() {

@@ -19,8 +19,8 @@ namespace surfattn {
 ///  * Tq × (Hq·Tk), a block of columns for each query head: B(i, h·Tk + j), or
 ///  * 1 × Tk or 1 × (Hq·Tk), for all queries (summed over queries).
 ///
-/// Sequences of a batch share it (its gradient is the sum over them), if they have one length; or it
-/// has a row for each query of the whole batch, packed as the queries are.
+/// Sequences of a batch share it (its gradient is the sum over them), if they have one length; or, if
+/// they have as many keys, it has a row for each query of the whole batch, packed as the queries are.
 ///
 /// A bias of −∞ hides the pair as a mask does, by selection: nothing behind it reaches a result, its
 /// gradient is 0, and tiles that it leaves empty are skipped. A NaN, or +∞, gives NaN to the whole
@@ -141,7 +141,10 @@ class AdditiveBias : public detail::TrainableTerm<AdditiveBias<Element>, Element
         "AdditiveBias is " + detail::words(actual) + " but must be " +
         detail::words({shape.queries, shape.keys}) + " or " +
         detail::words({shape.queries, shape.query_heads * shape.keys}) +
-        " (queries × keys, for all heads or for each), or one row of these for all queries");
+        " (queries × keys, for all heads or for each), or one row of these for all queries" +
+        (shape.sequences.count() > 1 ? ", or one for each query of the batch, where all sequences "
+                                       "have as many keys"
+                                     : ""));
   }
 
   /// A bias that all sequences of a batch share has one shape, and so have they.

@@ -24,7 +24,7 @@ struct NoTileAnswer {};
 /// certain, `partial` otherwise. Without it the engine calls the first one for every pair of a tile
 /// until it has met both answers, so that empty tiles are skipped here too. The functions are
 /// called from several threads where there are several, in any order and any number of times; they
-/// must always give the same answer for the same pair.
+/// must always give the same answer for the same pair, and must not throw.
 template <class Allows, class TileCoverage = detail::NoTileAnswer>
 class MaskFunction {
   static constexpr bool takes_pairs = std::is_invocable_r_v<bool, const Allows&, Index, Index>;

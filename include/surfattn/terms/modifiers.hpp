@@ -57,6 +57,12 @@ struct BoundSoftCap {
   }
 };
 
+template <class Result>
+concept gives_value_and_derivative = requires(const Result& result) {
+  result.value;
+  result.derivative;
+};
+
 template <class Function>
 struct BoundModifier {
   Function function;
@@ -68,6 +74,8 @@ struct BoundModifier {
       Position position{tile.head, tile.first_query + i, tile.first_key};
       for (Index j = 0; j < tile.keys; ++j, ++position.key) {
         const auto result = function(row[j] * simd::ln_2<Accumulator>, std::as_const(position));
+        static_assert(gives_value_and_derivative<decltype(result)>,
+                      "surfattn: the function of a Modifier must return a ValueAndDerivative");
         row[j] = static_cast<Accumulator>(result.value) * simd::log2_e<Accumulator>;
         if (derivatives) derivatives[j] = static_cast<Accumulator>(result.derivative);
       }
