@@ -84,8 +84,8 @@ Surface<Scalar> surface_cache(Place place, const Problem<Scalar>& p,
       [&](Index capacity, Index window) {
         return Surface<Scalar>(
             p.keys.cols(), {.scale = options.scale,
-                            .bandwidth = options.bandwidth,
                             .heads = options.heads,
+                            .bandwidth = options.bandwidth,
                             .prior = options.prior.is_sdpa() ? KeyPrior::sdpa : KeyPrior::uniform,
                             .capacity = capacity,
                             .window = window_of(window)});
@@ -138,7 +138,7 @@ TEMPLATE_TEST_CASE("In one piece the bits are those of project and attention", "
     cache.append(k.topRows(1) * TestType(1), v.topRows(1));  // an expression
     cache.append(k.bottomRows(1499), v.bottomRows(1499));
     Surface<TestType> surface(
-        k.cols(), {.bandwidth = 1.5, .heads = {4, 2}, .prior = KeyPrior::sdpa, .capacity = 1500});
+        k.cols(), {.heads = {4, 2}, .bandwidth = 1.5, .prior = KeyPrior::sdpa, .capacity = 1500});
     surface.append(k);
     CAPTURE(seed(), queries);
     CHECK(same_bits(cache.attend(q, {}, causal), attention(q, k, v, {.heads = {4, 2}}, causal)));
@@ -491,7 +491,7 @@ TEST_CASE("What is no saved cache is refused", "[cache]") {
 
 TEST_CASE("Mistakes are named, and change nothing", "[cache]") {
   using M = Matrix<float>;
-  Surface<float> surface(4, {.bandwidth = 1, .heads = {2}}), cache(4, 6, {.heads = {2}}),
+  Surface<float> surface(4, {.heads = {2}, .bandwidth = 1}), cache(4, 6, {.heads = {2}}),
       sdpa(4, {.prior = KeyPrior::sdpa}), ring(4, {.window = 3});
   const auto says = [](const auto& call, const std::string& sentence) {
     CHECK_THROWS_WITH(call(), "surfattn::Surface" + sentence);

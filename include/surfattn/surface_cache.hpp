@@ -20,8 +20,8 @@ namespace surfattn {
 /// What a Surface is made for. β = 1/σ²: give `bandwidth` or `scale`, not both.
 struct CacheOptions {
   std::optional<double> scale = {};      ///< β; 1/√d when neither is given
-  std::optional<double> bandwidth = {};  ///< σ, in the units of the keys; surface form alone
   Heads heads = {};                      ///< how the columns divide into heads
+  std::optional<double> bandwidth = {};  ///< σ, in the units of the keys; surface form alone
   /// uniform or sdpa, for all keys that are appended without a prior of their own; surface form alone
   KeyPrior prior = KeyPrior::uniform;
   Index capacity = 0;  ///< keys for which memory is taken at once
