@@ -155,8 +155,8 @@ TEST_CASE("A cache that does not fit its layer is refused", "[cache]") {
   auto rescaled = layers.standard;
   rescaled.scale = 0.1;
   CHECK_THROWS_WITH(layer_decode(x, rescaled, cache),
-                    "surfattn::layer_decode: cache has the scale 0.500000 but these weights need "
-                    "0.100000: make it with layer_cache");
+                    "surfattn::layer_decode: cache has the scale 0.5 but these weights need "
+                    "0.1: make it with layer_cache");
   const Eigen::Matrix<bool, 2, 3> mask = Eigen::Matrix<bool, 2, 3>::Constant(true);
   CHECK_THROWS_AS(layer_decode(x, layers.standard, cache, {}, BoolMask(mask)),
                   std::invalid_argument);

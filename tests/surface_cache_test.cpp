@@ -500,7 +500,7 @@ TEST_CASE("Mistakes are named, and change nothing", "[cache]") {
   says([] { Surface<float>(4, {.capacity = -1}); },
        ": capacity must be between 0 and 2⁴⁰, but is -1");
   says([] { Surface<float>(4, {.bandwidth = -0.5}); },
-       ": bandwidth must be positive and finite, but is -0.500000");
+       ": bandwidth must be positive and finite, but is -0.5");
   says([] { Surface<float>(4, {.scale = 1, .bandwidth = 1}); },
        ": give scale or bandwidth, not both: scale = 1/bandwidth²");
   says([] { Surface<float>(4, 4, {.bandwidth = 1}); },

@@ -109,8 +109,8 @@ void require_cache(const Require& require, const Weights& weights, const Surface
                  words(expected) + ": make it with layer_cache");
   }
   if (cache.scale() != expected.scale) {
-    require.fail("cache has the scale " + std::to_string(cache.scale()) +
-                 " but these weights need " + std::to_string(expected.scale) +
+    require.fail("cache has the scale " + words(static_cast<double>(cache.scale())) +
+                 " but these weights need " + words(static_cast<double>(expected.scale)) +
                  ": make it with layer_cache");
   }
 }

@@ -96,7 +96,7 @@ inline void check_layer_size(const LayerSize& size, const Require& require) {
   if (size.heads.query % shared != 0)
     require.fail("heads.query must be a multiple of heads.key_value");
   if (!(size.visible > 0 && size.visible <= 1))
-    require.fail("visible must be above 0 and at most 1, but is " + std::to_string(size.visible));
+    require.fail("visible must be above 0 and at most 1, but is " + words(size.visible));
 }
 
 }  // namespace detail

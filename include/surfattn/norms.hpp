@@ -119,7 +119,7 @@ NormProblem<Scalar> norm_problem(Extent x, const NormWeights<Scalar>& weights,
   }
   const double epsilon = options.epsilon.value_or(kind == Norm::l2 ? 1e-12 : 1e-5);
   if (!(epsilon >= 0 && std::isfinite(epsilon)))
-    require.fail("epsilon must be finite and not negative, but is " + std::to_string(epsilon));
+    require.fail("epsilon must be finite and not negative, but is " + words(epsilon));
   require_norm_weight(require, "weights.gain", weights.gain.size(), x, options.heads);
   require_norm_weight(require, "weights.bias", weights.bias.size(), x, options.heads);
   return {x.rows,        x.cols,       options.heads, static_cast<Scalar>(epsilon),

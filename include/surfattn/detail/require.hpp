@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdio>
 #include <optional>
 #include <string>
 #include <surfattn/detail/view.hpp>
@@ -33,6 +34,18 @@ Extent extent(const MatrixView<Scalar>& view) {
 
 inline std::string words(Extent extent) {
   return std::to_string(extent.rows) + "×" + std::to_string(extent.cols);
+}
+
+/// One of two shapes, which may be the same.
+inline std::string words_of_either(Extent a, Extent b) {
+  return a == b ? words(a) : words(a) + " or " + words(b);
+}
+
+/// A number as short as it can be told, -1e-09 as well.
+inline std::string words(double number) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%g", number);
+  return text;
 }
 
 /// The sizes of one attention problem, after every check has passed: of a whole batch, or of one of
@@ -148,12 +161,12 @@ class Require {
 
   void positive(const char* name, std::optional<double> value) const {
     if (!value || (*value > 0 && std::isfinite(*value))) return;
-    fail(std::string(name) + " must be positive and finite, but is " + std::to_string(*value));
+    fail(std::string(name) + " must be positive and finite, but is " + words(*value));
   }
 
   void finite(const char* name, std::optional<double> value) const {
     if (!value || std::isfinite(*value)) return;
-    fail(std::string(name) + " must be finite, but is " + std::to_string(*value));
+    fail(std::string(name) + " must be finite, but is " + words(*value));
   }
 
   /// What is finite as an option may not be so in the precision of the call.
@@ -162,7 +175,7 @@ class Require {
     if (positive ? scale > 0 && std::isnormal(scale) : std::isfinite(scale)) return;
     fail(std::string(positive ? "scale = 1/bandwidth² must be positive, normal and "
                               : "scale must be ") +
-         "finite in the precision of queries, but is " + std::to_string(scale));
+         "finite in the precision of queries, but is " + words(static_cast<double>(scale)));
   }
 
   /// An explicit prior is Tk × Hkv, or Tk × 1 for all heads, and of the queries' scalar type.
@@ -177,7 +190,7 @@ class Require {
     if (actual == Extent{shape.keys, 1} || actual == Extent{shape.keys, shape.key_value_heads})
       return;
     fail("prior is " + words(actual) + " but must be " +
-         words({shape.keys, shape.key_value_heads}) + " or " + words({shape.keys, 1}) +
+         words_of_either({shape.keys, shape.key_value_heads}, {shape.keys, 1}) +
          " (one log-weight for each key), because keys is " + words(shape.keys_extent()));
   }
 

@@ -139,8 +139,8 @@ class AdditiveBias : public detail::TrainableTerm<AdditiveBias<Element>, Element
     if (rows && cols) return check_lengths(shape, actual, require);
     require.fail(
         "AdditiveBias is " + detail::words(actual) + " but must be " +
-        detail::words({shape.queries, shape.keys}) + " or " +
-        detail::words({shape.queries, shape.query_heads * shape.keys}) +
+        detail::words_of_either({shape.queries, shape.keys},
+                                {shape.queries, shape.query_heads * shape.keys}) +
         " (queries × keys, for all heads or for each), or one row of these for all queries" +
         (shape.sequences.count() > 1 ? ", or one for each query of the batch, where all sequences "
                                        "have as many keys"

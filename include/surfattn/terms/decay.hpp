@@ -40,8 +40,8 @@ class ForgetGate : public detail::TrainableTerm<ForgetGate<Element>, Element> {
     const bool rows = actual.rows == shape.keys || actual.rows == shape.packed_keys;
     if (!rows || (actual.cols != 1 && actual.cols != shape.query_heads)) {
       require.fail("ForgetGate is " + detail::words(actual) + " but must be " +
-                   detail::words({shape.keys, shape.query_heads}) + " or " +
-                   detail::words({shape.keys, 1}) + " (keys × query heads, or one for all heads)");
+                   detail::words_of_either({shape.keys, shape.query_heads}, {shape.keys, 1}) +
+                   " (keys × query heads, or one for all heads)");
     }
     this->check_gradient_shape(require, "ForgetGate");
     ForgetGate bound = *this;
@@ -204,8 +204,9 @@ class TimeDecay : public detail::TrainableTerm<TimeDecay<Element, Time>, Element
       times = {times.data, times.cols, 1, times.col_stride, times.col_stride};
     if (times.cols == 1 && (times.rows == count || times.rows == packed_count))
       return detail::sequence_rows(times, count, first);
-    require.fail("TimeDecay's " + std::string(name) + " must be " + detail::words({count, 1}) +
-                 " or " + detail::words({1, count}) + ", but it is " + detail::words(actual));
+    require.fail("TimeDecay's " + std::string(name) + " must be " +
+                 detail::words_of_either({count, 1}, {1, count}) + ", but it is " +
+                 detail::words(actual));
   }
 
   /// Calls use(j, |t_i − t_j|), the difference formed in the precision of the times.

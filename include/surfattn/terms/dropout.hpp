@@ -83,7 +83,7 @@ struct Dropout {
   detail::BoundDropout bind(const detail::Shape& shape, const detail::Require& require) const {
     if (!(probability >= 0 && probability < 1)) {
       require.fail("the probability of Dropout must lie in [0, 1), but it is " +
-                   std::to_string(probability));
+                   detail::words(probability));
     }
     constexpr std::uint64_t words = std::uint64_t(1) << 32;
     const auto fits = [](Index count) { return static_cast<std::uint64_t>(count) <= words; };
