@@ -31,6 +31,34 @@ TEST_CASE("workspaces for 65,536 queries and keys are below 64 MiB and hardly gr
   }
 }
 
+TEST_CASE("a workspace serves fewer queries and keys") {
+  constexpr Index head_dim = 64;
+  const auto bytes = [](Pass pass, const Heads& heads, Index queries, Index keys) {
+    const Index key_value_heads = heads.key_value.value_or(heads.query);
+    const Eigen::Map<const Matrix<float>> q(nullptr, queries, heads.query * head_dim),
+        k(nullptr, keys, key_value_heads * head_dim);
+    return workspace_size(pass, q, k, k, {.heads = heads});
+  };
+  const std::vector<Index> sizes{0,   1,   2,    15,   16,   17,    31,    33,   64,
+                                 65,  127, 128,  129,  255,  256,   257,   500,  511,
+                                 512, 513, 1000, 1025, 5000, 16384, 16385, 99999};
+  for (const Heads& heads : {Heads{1}, Heads{8}, Heads{16, 2}}) {
+    for (const Pass pass : {Pass::forward, Pass::backward}) {
+      Index too_small = 0;
+      for (const Index queries : sizes) {
+        for (const Index keys : sizes) {
+          const std::size_t all = bytes(pass, heads, queries, keys);
+          for (const Index fewer : sizes) {
+            too_small += fewer <= queries && bytes(pass, heads, fewer, keys) > all;
+            too_small += fewer <= keys && bytes(pass, heads, queries, fewer) > all;
+          }
+        }
+      }
+      CHECK(too_small == 0);
+    }
+  }
+}
+
 TEST_CASE("workspaces of small problems are small") {
   const auto bytes = [](Index count, Index columns) {
     const Eigen::Map<const Matrix<float>> x(nullptr, count, columns);
@@ -40,6 +68,7 @@ TEST_CASE("workspaces of small problems are small") {
   };
   CHECK(bytes(7, 8) < 32 << 10);
   CHECK(bytes(16, 16) < 64 << 10);
+  CHECK(bytes(40, 16) < 128 << 10);
 }
 
 TEST_CASE(

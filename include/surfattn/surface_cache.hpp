@@ -395,12 +395,7 @@ class Surface {
   /// Bytes of workspace with which the `…_into` members use every worker of the executor for
   /// up to `queries` queries, however many keys there are.
   std::size_t workspace_size(Index queries, const QueryOptions& options = {}) const {
-    // Few queries need memory for parts of the keys, which more do not.
-    const detail::Shape largest = largest_problem(queries);
-    const Index few =
-        std::min<Index>(queries, detail::StreamPlan<Scalar>::most_rows / largest.group());
-    return std::max(detail::forward_workspace_size<Scalar>(largest, options.executor),
-                    detail::forward_workspace_size<Scalar>(largest_problem(few), options.executor));
+    return detail::forward_workspace_room<Scalar>(largest_problem(queries), options.executor);
   }
 
   /// P(Q), Tq × (Hq·d): each query projected onto the surface that the keys sample, as by `project`.

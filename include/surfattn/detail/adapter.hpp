@@ -77,6 +77,13 @@ std::size_t forward_workspace_size(const Shape& batch, const Executor* executor)
   return work_plan(batch, ForwardPlanner<Scalar>{concurrency(executor)}, executor).workspace_size();
 }
 
+/// The same for all calls of no more queries and keys, where they are one sequence.
+template <class Scalar>
+std::size_t forward_workspace_room(const Shape& batch, const Executor* executor) {
+  return work_plan(batch, ForwardRoomPlanner<Scalar>{concurrency(executor)}, executor)
+      .workspace_size();
+}
+
 /// The workspace's part for sums over blocks of keys of dQ, where 16 bits are stored.
 template <class Scalar>
 std::size_t query_sum_bytes(const Shape& batch) {
@@ -110,7 +117,7 @@ template <class Scalar, class... Terms>
 std::size_t workspace_size(Pass pass, const Shape& batch, bool values_are_keys,
                            const Executor* executor, const Require& require,
                            const Terms&... terms) {
-  if (pass == Pass::forward) return forward_workspace_size<Scalar>(batch, executor);
+  if (pass == Pass::forward) return forward_workspace_room<Scalar>(batch, executor);
   const auto bind = term_binder(batch, require, terms...);
   const BackwardPlanner<Scalar, decltype(bind)> planner{values_are_keys, bind};
   return query_sum_bytes<Scalar>(batch) + work_plan(batch, planner, executor).workspace_size();

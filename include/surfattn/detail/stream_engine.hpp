@@ -37,9 +37,11 @@ struct StreamPlan {
 
   Index rows() const { return shape.query_heads * shape.queries; }
 
-  /// Parts that are to be merged lie in memory of the whole call; a single one in its worker's.
+  /// Parts that are to be merged lie in memory of the whole call; a single one in its worker's. Room for
+  /// the parts of fewer keys, of which there may be more.
   std::size_t shared_bytes() const {
-    return items > 1 ? static_cast<std::size_t>(items) * bytes_per_item() : 0;
+    const Index most = std::min(most_items, blocks(shape.keys, fewest_keys));
+    return most > 1 ? static_cast<std::size_t>(most) * bytes_per_item() : 0;
   }
   std::size_t bytes_per_worker() const;
 
@@ -51,14 +53,28 @@ struct StreamPlan {
 
   /// Up to so many rows for each key/value head, packing keys and values would cost more than it
   /// saves; where the keys are few as well, so would tiles, for more rows.
-  static constexpr Index most_rows = 16;
+  static constexpr Index most_rows = 16, most_rows_of_few_keys = 128, few_keys = 16;
   static bool fits(const Shape& shape) {
-    constexpr Index most_rows_of_few_keys = 128, few_keys = 16;
     const Index rows = shape.group() * shape.queries;
     return rows <= most_rows || (shape.keys <= few_keys && rows <= most_rows_of_few_keys);
   }
 
+  /// What one worker needs for fewer queries or keys than a sequence that does not fit has, parts included.
+  static std::size_t bytes_for_fewer(const Shape& sequence) {
+    if (fits(sequence)) return 0;
+    const auto bytes = [&](Index rows, Index keys) {
+      Shape fewer = sequence;
+      fewer.queries = std::min(sequence.queries, rows / sequence.group());
+      fewer.keys = std::min(sequence.keys, keys);
+      const StreamPlan plan(fewer);
+      return plan.bytes_per_worker() + plan.shared_bytes();
+    };
+    return std::max(bytes(most_rows, sequence.keys), bytes(most_rows_of_few_keys, few_keys));
+  }
+
  private:
+  static constexpr Index most_items = 16, fewest_keys = 1024;  ///< items, and keys of each
+
   SURFATTN_NEVER_INLINE std::size_t bytes_per_item() const {
     Arena counter;
     SoftmaxRows<Accumulator>(counter, rows(), shape.value_dim);
@@ -110,8 +126,7 @@ SURFATTN_NEVER_INLINE StreamPlan<Scalar>::StreamPlan(const Shape& sequence) : sh
   constexpr Index most = 256;
   run = std::min(most, std::max<Index>(shape.keys, 1));
   run_of_rows = std::min({tile_rows<Accumulator>(most, width), of_head, run});
-  constexpr Index parts = 16, fewest_keys = 1024;
-  part = std::max(fewest_keys, blocks(blocks(shape.keys, parts), run) * run);
+  part = std::max(fewest_keys, blocks(blocks(shape.keys, most_items), run) * run);
   items = std::max<Index>(1, blocks(shape.keys, part));
 }
 

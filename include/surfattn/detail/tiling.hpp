@@ -37,6 +37,8 @@ constexpr Index task_rows(Index rows, Index tasks, Index tile, Index most) {
   return std::clamp(simd::rounded_up(rows / tasks, tile), tile, std::max(tile, most));
 }
 
+/// Tiles of keys are no larger than the problem, for they are what a workspace has to hold.
+///
 /// Measured on AVX-512: long rows of scores pay for what the softmax does once for each row, and
 /// large blocks for packing the keys. The rows of the output do not depend on each other, so the
 /// block may depend on the number of workers and the bits do not.
@@ -46,7 +48,8 @@ Tiling forward_tiling(const Shape& shape, Index workers) {
   constexpr Index most = 2048, tasks_per_worker = 2;
   constexpr Index query_tile = simd::rounded_up(64, simd::left_width<Accumulator>);
   const Index tasks = workers == 1 ? 1 : tasks_per_worker * workers;
-  return {query_tile, tile_rows<Accumulator>(1024, std::max(shape.head_dim, shape.value_dim)),
+  const Index wanted = tile_rows<Accumulator>(1024, std::max(shape.head_dim, shape.value_dim));
+  return {query_tile, within(shape.keys, wanted, simd::panel_width<Accumulator>),
           task_rows(shape.queries * shape.key_value_heads, tasks, query_tile,
                     most / shape.group() / query_tile * query_tile)};
 }
