@@ -77,11 +77,16 @@ std::size_t forward_workspace_size(const Shape& batch, const Executor* executor)
   return work_plan(batch, ForwardPlanner<Scalar>{concurrency(executor)}, executor).workspace_size();
 }
 
-/// The same for all calls of no more queries and keys, where they are one sequence.
+/// The same for all calls of no more queries and keys, where they are one sequence: few of them need
+/// memory for all heads, which many do not.
 template <class Scalar>
 std::size_t forward_workspace_room(const Shape& batch, const Executor* executor) {
-  return work_plan(batch, ForwardRoomPlanner<Scalar>{concurrency(executor)}, executor)
-      .workspace_size();
+  WorkPlan plan = work_plan(batch, ForwardPlanner<Scalar>{concurrency(executor)}, executor);
+  for (Index s = 0; s < batch.sequences.count(); ++s) {
+    plan.bytes_per_worker =
+        std::max(plan.bytes_per_worker, StreamPlan<Scalar>::bytes_for_fewer(batch.of_sequence(s)));
+  }
+  return plan.workspace_size();
 }
 
 /// The workspace's part for sums over blocks of keys of dQ, where 16 bits are stored.

@@ -33,28 +33,6 @@ struct ForwardPlanner {
   }
 };
 
-/// Room for the forward pass of a sequence, and of every one that has fewer queries or keys: few of them
-/// need memory for all heads, which many do not.
-template <class Scalar>
-struct ForwardRoomPlanner {
-  Index concurrency = 1;
-
-  template <class Use>
-  void operator()(const Shape& sequence, const Use& use) const {
-    struct Room {
-      Index items;
-      std::size_t of_all, of_each;
-
-      std::size_t shared_bytes() const { return of_all; }
-      std::size_t bytes_per_worker() const { return of_each; }
-    };
-    ForwardPlanner<Scalar>{concurrency}(sequence, [&](const auto& plan) {
-      use(Room{plan.items, plan.shared_bytes(),
-               std::max(plan.bytes_per_worker(), StreamPlan<Scalar>::bytes_for_fewer(sequence))});
-    });
-  }
-};
-
 /// `Bind` gives the terms of a sequence, for what they need to be planned for.
 template <class Scalar, class Bind>
 struct BackwardPlanner {
