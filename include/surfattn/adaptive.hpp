@@ -43,13 +43,6 @@ struct BandwidthsGradients {
 
 namespace detail {
 
-/// Adaptive projections form copies of their inputs in their own precision.
-template <class Scalar>
-constexpr void check_adaptive_scalar() {
-  static_assert(std::is_same_v<Scalar, accumulator_t<Scalar>>,
-                "surfattn: metrics and bandwidths take float, double or long double");
-}
-
 /// A row-major matrix at the arena's next place.
 template <class Scalar>
 Eigen::Map<Matrix<Scalar>> take_matrix(Arena& arena, Index rows, Index cols) {
@@ -166,7 +159,7 @@ template <class Queries, class Keys, class Bandwidths>
 Shape bandwidths_shape(const Queries& queries, const Keys& keys, const Bandwidths& bandwidths,
                        const SurfaceOptions& options, const Require& require) {
   using Scalar = scalar_t<Queries>;
-  check_adaptive_scalar<Scalar>();
+  refuse_16_bits_at_compile_time<Scalar>();
   const Shape shape =
       require.shapes(extent(queries), extent(keys), extent(keys), options.heads, options.sequences);
   if (options.scale || options.bandwidth)
@@ -291,7 +284,7 @@ void project_metric_forward_into(const Queries& queries, const Keys& keys,
   using Buffers = detail::MetricBuffers<Scalar>;
   detail::check_inputs_at_compile_time<Queries, Keys>();
   detail::check_outputs_at_compile_time<Scalar, Out, LogSumExp>();
-  detail::check_adaptive_scalar<Scalar>();
+  detail::refuse_16_bits_at_compile_time<Scalar>();
   constexpr detail::Require require("project_metric_forward");
   const auto& q = detail::stored(queries);
   const auto& k = detail::stored(keys);
@@ -316,8 +309,9 @@ void project_metric_forward_into(const Queries& queries, const Keys& keys,
 ///
 /// `metric`: m > 0, one number for each column of a head (1×d, for all heads) or of the keys
 /// (1×(Hkv·d)). Everything else as for `project_forward`, but no numbers of 16 bits; with
-/// KeyPrior::sdpa S_ij = β·Σ_c m_c·q_ic·k_jc. Returns {out, log_sum_exp}. Allocates scaled copies of queries and keys besides.
-/// Errors as for `project`; a metric of another size, or one that is not positive.
+/// KeyPrior::sdpa S_ij = β·Σ_c m_c·q_ic·k_jc. Returns {out, log_sum_exp}. Allocates scaled copies of
+/// queries and keys besides. Errors as for `project`; a metric of another size, or one that is not
+/// positive.
 template <class Queries, class Keys, class... Terms>
 auto project_metric_forward(const Queries& queries, const Keys& keys,
                             const RowVector<detail::scalar_t<Queries>>& metric,
@@ -359,7 +353,7 @@ void project_metric_backward_into(const Queries& queries, const Keys& keys,
   using Buffers = detail::MetricBuffers<Scalar>;
   detail::check_inputs_at_compile_time<Queries, Keys, Out, LogSumExp, GradOut>();
   detail::check_outputs_at_compile_time<Scalar, GradQueries, GradKeys, GradMetric, GradLogPrior>();
-  detail::check_adaptive_scalar<Scalar>();
+  detail::refuse_16_bits_at_compile_time<Scalar>();
   constexpr detail::Require require("project_metric_backward");
   const auto& q = detail::stored(queries);
   const auto& k = detail::stored(keys);

@@ -381,8 +381,9 @@ StandardWeights<Scalar> without_numbers(const StandardWeights<Scalar>& weights) 
 /// A standard layer: attention(X·Wq + bq, Y·Wk + bk, Y·Wv + bv)·Wo + bo, with norms and rotation of
 /// queries and keys and with k_equals_v as the weights say, for x: Tx × D and y: Ty × Dy, of one
 /// sequence or of a batch, of float, double or long double. `terms` as for `attention`. Allocates its
-/// result, the projections and a workspace. Errors: weights or inputs whose shapes do not fit together; weights that rotate without
-/// positions where x and y differ in length, positions for weights that do not.
+/// result, the projections and a workspace. Errors: weights or inputs whose shapes do not fit
+/// together; weights that rotate without positions where x and y differ in length, positions for
+/// weights that do not.
 template <class X, class Y, class Scalar, class... Terms>
 StandardLayerForward<Scalar> layer_forward(const X& x, const Y& y,
                                            const StandardWeights<Scalar>& weights,

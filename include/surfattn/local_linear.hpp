@@ -52,8 +52,7 @@ Operands<scalar_t<Queries>> local_operands(const Queries& queries, const Keys& k
                                            const Values* values, const SurfaceOptions& options,
                                            const Require& require) {
   using Scalar = scalar_t<Queries>;
-  static_assert(std::is_same_v<Scalar, accumulator_t<Scalar>>,
-                "surfattn: local-linear estimates take float, double or long double");
+  refuse_16_bits_at_compile_time<Scalar>();
   auto operands = surface_operands(queries, keys, options, require);
   if (values) {
     operands.shape = require.shapes(extent(queries), extent(keys), extent(*values), options.heads,

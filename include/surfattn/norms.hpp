@@ -111,8 +111,7 @@ inline void require_norm_weight(const Require& require, const char* name, Index 
 template <Norm kind, class Scalar>
 NormProblem<Scalar> norm_problem(Extent x, const NormWeights<Scalar>& weights,
                                  const NormOptions& options, const Require& require) {
-  static_assert(std::is_same_v<Scalar, accumulator_t<Scalar>>,
-                "surfattn: norms take float, double or long double");
+  refuse_16_bits_at_compile_time<Scalar>();
   if (options.heads < 1 || x.cols % options.heads != 0) {
     require.fail("x is " + words(x) + ", and its columns do not divide into " +
                  std::to_string(options.heads) + " heads");

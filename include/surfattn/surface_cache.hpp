@@ -87,9 +87,9 @@ inline void require_cache_sizes(const Require& require, Index key_width, Index v
   for (const auto& [name, width] :
        {std::pair{"key_width", key_width}, std::pair{"value_width", value_width}}) {
     if (width >= 0 && width % key_value_heads == 0) continue;
-    require.fail(name +
-                 (" must not be negative and divide into " + std::to_string(key_value_heads)) +
-                 " key/value heads, but is " + std::to_string(width));
+    require.fail(std::string(name) + " must not be negative and divide into " +
+                 std::to_string(key_value_heads) + " key/value heads, but is " +
+                 std::to_string(width));
   }
   if (window && *window < 1)
     require.fail("window must be at least 1, but is " + std::to_string(*window));
@@ -497,8 +497,7 @@ class Surface {
                          const QueryOptions& options = {}, const Terms&... terms) const {
     detail::check_outputs_at_compile_time<Scalar, Out, Projection, LogSumExp>();
     constexpr detail::Require require("Surface::local_linear");
-    static_assert(std::is_same_v<Scalar, Accumulator>,
-                  "surfattn: local-linear estimates take float, double or long double");
+    detail::refuse_16_bits_at_compile_time<Scalar>();
     require_form(require, true);
     const auto usable_ridge = detail::checked_ridge<Scalar>(ridge, require);
     const auto& q = detail::stored(queries);
