@@ -1,4 +1,7 @@
-// Sequences so short that all keys are one run: read and written where they lie, where storage and widths allow.
+// Sequences so short that all keys are one run: read and written where they lie, where storage and widths allow. And long
+// ones that one query of each head visits in short runs, since their keys are the values.
+#include <surfattn/executors/thread_pool.hpp>
+
 #include "support/accuracy.hpp"
 #include "support/same_bits.hpp"
 
@@ -67,5 +70,84 @@ TEST_CASE("short sequences of a batch that no cache holds have the bits that the
         attention_forward(of(p.queries), of(p.keys), of(p.values), {.heads = p.heads});
     CHECK(same_bits(of(batch.out), alone.out));
     CHECK(same_bits(of(batch.log_sum_exp), alone.log_sum_exp));
+  }
+}
+
+namespace {
+
+/// One query of each head; runs of 64, 40 and 8 keys, all heads of which fill whole packets or do not; keys on both sides
+/// of a run and of some, and of two parts.
+const std::vector<Sizes> sizes_of_short_runs = {{1, 1, 16, 16, 1, 1},    {1, 130, 16, 16, 1, 1},
+                                                {1, 2055, 32, 32, 1, 1}, {1, 63, 19, 19, 3, 3},
+                                                {1, 65, 48, 48, 4, 4},   {1, 81, 100, 100, 2, 2},
+                                                {1, 7, 256, 256, 3, 3},  {1, 8, 130, 130, 8, 8},
+                                                {1, 25, 128, 128, 8, 8}, {1, 1030, 200, 200, 5, 5}};
+
+/// Keys that grow, or shrink, from one to the next: their scores pass those before in many runs, or in none.
+template <class Scalar>
+void make_keys_grow(Problem<Scalar>& p, bool shrink) {
+  const Index keys = p.keys.rows();
+  for (Index j = 0; j < keys; ++j)
+    p.keys.row(j) *= Scalar(0.05 + 3 * double(shrink ? keys - j : j) / double(keys));
+}
+
+}  // namespace
+
+TEST_CASE("short runs are as accurate as a plain evaluation, behind every mask and prior") {
+  std::mt19937_64 random = seeded_random();
+  int turn = 0;
+  for (const Sizes& s : sizes_of_short_runs) {
+    Problem<float> p(s, random);
+    if (turn % 3 != 0) make_keys_grow(p, turn % 3 == 1);
+    for (const MaskKind mask : all_masks) {
+      const PriorKind prior = PriorKind(turn++ % 3);
+      CAPTURE(seed(), s.keys, s.head_dim, s.query_heads, int(mask), int(prior));
+      check_surface_form<float, double>(p, dense_mask(mask, 1, s.keys), prior, Loss::of_out,
+                                        [&](const auto& use) { with_terms(mask, 1, s.keys, use); });
+    }
+  }
+}
+
+TEST_CASE("a NaN among short runs reaches the heads that see it and no bit of others") {
+  constexpr auto nan = std::numeric_limits<float>::quiet_NaN();
+  std::mt19937_64 random = seeded_random();
+  const Sizes s{1, 30, 64, 64, 16, 16};
+  const Problem<float> p(s, random);
+  const SurfaceOptions options{.heads = p.heads};
+  const auto whole = project_forward(p.queries, p.keys, options);
+  for (const Index key : {0, 7, 8, 29}) {
+    CAPTURE(seed(), key);
+    Matrix<float> spoilt = p.keys;
+    spoilt.row(key).segment(3 * 64, 64).setConstant(nan);
+    const auto seen = project_forward(p.queries, spoilt, options);
+    CHECK(seen.out.middleCols(3 * 64, 64).array().isNaN().all());
+    CHECK(std::isnan(seen.log_sum_exp(0, 3)));
+    CHECK(same_bits(seen.out.leftCols(3 * 64), whole.out.leftCols(3 * 64)));
+    CHECK(same_bits(seen.out.rightCols(12 * 64), whole.out.rightCols(12 * 64)));
+
+    Eigen::Matrix<bool, 1, Eigen::Dynamic> all_but_one(s.keys);
+    all_but_one.setConstant(true);
+    all_but_one(key) = false;
+    const auto hidden = project_forward(p.queries, spoilt, options, BoolMask{all_but_one});
+    CHECK(hidden.out.allFinite());
+    CHECK(hidden.log_sum_exp.allFinite());
+  }
+}
+
+TEST_CASE("short runs of a batch, on several threads, have the bits that they have alone") {
+  std::mt19937_64 random = seeded_random();
+  const std::vector<Index> queries{0, 1, 1, 2, 3}, keys{0, 2500, 2500, 2509, 2600};
+  const Problem<float> p({3, 2600, 128, 128, 8, 8}, random);
+  ThreadPool pool(3);
+  const auto batch =
+      project_forward(p.queries, p.keys,
+                      {.heads = p.heads, .executor = &pool, .sequences = Sequences(queries, keys)});
+  for (std::size_t b = 0; b + 1 < keys.size(); ++b) {
+    CAPTURE(seed(), b);
+    const Matrix<float> q = p.queries.middleRows(queries[b], queries[b + 1] - queries[b]),
+                        k = p.keys.middleRows(keys[b], keys[b + 1] - keys[b]);
+    const auto alone = project_forward(q, k, {.heads = p.heads});
+    CHECK(same_bits(batch.out.middleRows(queries[b], q.rows()), alone.out));
+    CHECK(same_bits(batch.log_sum_exp.middleRows(queries[b], q.rows()), alone.log_sum_exp));
   }
 }

@@ -4,8 +4,11 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
+#include <numeric>
 #include <surfattn/detail/simd/row_operations.hpp>
 #include <surfattn/types.hpp>
+#include <surfattn/workspace.hpp>
 
 namespace surfattn::detail {
 
@@ -28,16 +31,18 @@ struct OnlineSoftmax {
   }
 
   /// Raises m to the scores' maximum, and rescales l and `out` to it, which are 0 before the first
-  /// key.
-  void raise(Index row, Accumulator scores_maximum, Accumulator* out, Index padded_dim) const {
+  /// key. Returns the factor.
+  Accumulator raise(Index row, Accumulator scores_maximum, Accumulator* out,
+                    Index padded_dim) const {
     const Accumulator before = maximum[row];
     const Accumulator now = std::max(before, std::ceil(scores_maximum));
-    if (before == now) return;
+    if (before == now) return Accumulator(1);
     maximum[row] = now;
-    if (before == simd::minus_infinity<Accumulator>) return;
+    if (before == simd::minus_infinity<Accumulator>) return Accumulator(1);
     const Accumulator correction = std::exp2(before - now);
     simd::scale_row(out, padded_dim, correction);
     sum[row] *= correction;
+    return correction;
   }
 
   /// Turns one row of scores, none above m, into weights 2^(S − m) and adds them to l. While every
@@ -81,6 +86,76 @@ struct OnlineSoftmax {
   Accumulator normaliser(Index row) const {
     return sum[row] == Accumulator(0) ? Accumulator(0) : 1 / sum[row];
   }
+};
+
+/// The running softmax of several rows that visit the same short runs of keys: all scores of a run lie
+/// without a gap, and each of its places has l of its own beside the m of its row.
+template <class Accumulator>
+class ShortRunSoftmax {
+ public:
+  ShortRunSoftmax() = default;
+  ShortRunSoftmax(Arena& arena, Index rows, Index longest_run)
+      : rows_(rows),
+        run_(longest_run),
+        maximum_(arena.take<Accumulator>(places())),
+        sum_(arena.take<Accumulator>(places())) {}
+  /// For runs that are no longer.
+  ShortRunSoftmax(const ShortRunSoftmax& longer, Index run) : ShortRunSoftmax(longer) {
+    run_ = run;
+  }
+
+  /// How many scores a run has, with those that pad them to whole packets.
+  Index places() const { return simd::rounded_up(rows_ * run_, simd::lanes<Accumulator>); }
+
+  /// Before the first key the lowest number stands for m, so that scores of −∞ have weight 0 and not NaN.
+  /// Nothing exceeds m where no key is.
+  void reset() const {
+    std::fill(maximum_, maximum_ + rows_ * run_, std::numeric_limits<Accumulator>::lowest());
+    std::fill(maximum_ + rows_ * run_, maximum_ + places(), -simd::minus_infinity<Accumulator>);
+    std::fill(sum_, sum_ + places(), Accumulator(0));
+  }
+
+  /// Scores of a run → weights. m, and what was summed with it, is that of the rows in `softmax`.
+  void take_weights(Accumulator* scores, const OnlineSoftmax<Accumulator>& softmax,
+                    Accumulator* out, Index out_stride) const {
+    if (simd::exceeds_somewhere(scores, maximum_, places()))
+      raise(scores, softmax, out, out_stride);
+    simd::exp2_places(scores, maximum_, sum_, places());
+  }
+
+  /// l of all rows.
+  void write_sums(Accumulator* to) const {
+    for (Index row = 0; row < rows_; ++row) {
+      const Accumulator* const sums = sum_ + row * run_;
+      to[row] = std::accumulate(sums, sums + run_, Accumulator(0));
+    }
+  }
+
+ private:
+  SURFATTN_NEVER_INLINE void raise(const Accumulator* scores,
+                                   const OnlineSoftmax<Accumulator>& softmax, Accumulator* out,
+                                   Index out_stride) const {
+    for (Index row = 0; row < rows_; ++row) {
+      const Accumulator* const of_row = scores + row * run_;
+      const Accumulator factor =
+          softmax.raise(row, largest_of(of_row), out + row * out_stride, out_stride);
+      Accumulator* const maxima = maximum_ + row * run_;
+      Accumulator* const sums = sum_ + row * run_;
+      for (Index j = 0; j < run_; ++j) sums[j] *= factor;
+      if (softmax.maximum[row] != simd::minus_infinity<Accumulator>)
+        std::fill(maxima, maxima + run_, softmax.maximum[row]);
+    }
+  }
+
+  /// A NaN does not count.
+  Accumulator largest_of(const Accumulator* scores) const {
+    auto largest = simd::minus_infinity<Accumulator>;
+    for (Index j = 0; j < run_; ++j) largest = scores[j] > largest ? scores[j] : largest;
+    return largest;
+  }
+
+  Index rows_ = 0, run_ = 0;
+  Accumulator *maximum_ = nullptr, *sum_ = nullptr;
 };
 
 }  // namespace surfattn::detail

@@ -18,6 +18,15 @@ accumulator_t<Scalar> log2_scale(const Operands<Scalar>& operands) {
   return operands.scale * simd::log2_e<accumulator_t<Scalar>>;
 }
 
+/// bias_j ← bias_j + log π_j for `keys` keys of the head, from `first` on.
+template <class Scalar, class Accumulator>
+void add_log_prior(const Operands<Scalar>& operands, Index head, Index first, Index keys,
+                   Accumulator* bias) {
+  const auto log_prior = operands.log_prior_of(first, keys);
+  for (Index j = 0; j < keys; ++j)
+    bias[j] += static_cast<Accumulator>(log_prior(j, head)) * simd::log2_e<Accumulator>;
+}
+
 /// bias_j ← norm_weight·bias_j + log π_j for `keys` keys of the head, from `first` on, where bias
 /// holds ‖k_j‖², or 0 where the norms do not count.
 template <class Scalar, class Accumulator>
@@ -27,10 +36,7 @@ void finish_key_bias(const Operands<Scalar>& operands, Index head, Index first, 
     for (Index j = 0; j < keys; ++j)
       bias[j] *= operands.key_norm_weight * simd::log2_e<Accumulator>;
   }
-  if (!operands.log_prior.data) return;
-  const auto log_prior = operands.log_prior_of(first, keys);
-  for (Index j = 0; j < keys; ++j)
-    bias[j] += static_cast<Accumulator>(log_prior(j, head)) * simd::log2_e<Accumulator>;
+  if (operands.log_prior.data) add_log_prior(operands, head, first, keys, bias);
 }
 
 /// Where the norms of `keys` keys go, if they count: into the bias, which holds zeros but for them.

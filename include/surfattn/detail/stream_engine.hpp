@@ -82,6 +82,9 @@ struct StreamPlan {
   }
 };
 
+/// Keys of a short run at most, see StreamProducts.
+inline constexpr Index longest_short_run = 64;
+
 /// Buffers of one worker; over an empty arena, their size.
 template <class Accumulator>
 struct StreamBuffers {
@@ -94,6 +97,7 @@ struct StreamBuffers {
   Index* non_finite_values;
   Coverage* coverage;             ///< of the run at hand, for each key/value head
   SoftmaxRows<Accumulator> outs;  ///< of a sequence that is not cut into parts
+  ShortRunSoftmax<Accumulator> short_runs;
 
   StreamBuffers(Arena& arena, const Shape& shape, Index run)
       : query_stride(simd::padded<Accumulator>(shape.head_dim)),
@@ -107,6 +111,7 @@ struct StreamBuffers {
     non_finite_values = arena.take<Index>(run);
     coverage = arena.take<Coverage>(shape.key_value_heads);
     outs = SoftmaxRows<Accumulator>(arena, rows, shape.value_dim);
+    short_runs = ShortRunSoftmax<Accumulator>(arena, shape.key_value_heads, longest_short_run);
   }
 };
 
@@ -139,21 +144,35 @@ SURFATTN_NEVER_INLINE std::size_t StreamPlan<Scalar>::bytes_per_worker() const {
 
 /// What is done for few queries whatever the terms are: the products with keys, and those of weights with
 /// values. Compiled once for all terms.
+///
+/// One query of each head visits keys that are the values in short runs, whose rows stay in the first-level
+/// cache until they have been read as values too; meanwhile it asks for the next run. All heads of a run are
+/// weighed at once, since that it has few keys is felt in all that is done for each row of scores.
 template <class Scalar>
 class StreamProducts {
  protected:
   using Accumulator = accumulator_t<Scalar>;
 
+  /// `only_masks`: whether terms do no more than to hide keys.
   StreamProducts(const Operands<Scalar>& operands, const StreamPlan<Scalar>& plan,
-                 StreamBuffers<Accumulator>& buffers)
+                 StreamBuffers<Accumulator>& buffers, bool only_masks)
       : operands_(operands),
         shape_(operands.shape),
         buffers_(buffers),
         group_(shape_.group()),
         rows_(group_ * shape_.queries),
-        run_(reads_columns() ? plan.run : plan.run_of_rows),
+        visits_short_runs_(only_masks && rows_ == 1 && operands.values_are_keys &&
+                           operands.keys.col_stride == 1),
+        run_(visits_short_runs_ ? std::min({keys_of_step(), plan.run_of_rows, longest_short_run})
+             : reads_columns()  ? plan.run
+                                : plan.run_of_rows),
+        step_(may_ask_ahead() || reads_columns() ? run_ : keys_of_step()),
+        score_stride_(visits_short_runs_ ? run_ : buffers.score_stride),
+        short_runs_(buffers.short_runs, run_),
         queries_lie_ready_(lie_ready(operands.queries) &&
                            (takes_head_by_head() || !compete(row_distance(operands.queries)))) {
+    for (Accumulator* const row : {buffers_.scores, buffers_.key_bias})
+      std::fill(row, row + (visits_short_runs_ ? short_runs_.places() : 0), Accumulator(0));
     for (Index head = 0; head < shape_.query_heads && !queries_lie_ready_; ++head) {
       simd::pack_rows(operands_.query_head(head), Accumulator(1),
                       buffers_.queries + head * shape_.queries * buffers_.query_stride);
@@ -216,21 +235,12 @@ class StreamProducts {
     Index first, last;
   };
 
-  /// Calls use(head, count_of_heads, first, count) for the keys [first, first + count) of a run: as many
-  /// tokens at a time as leave the first-level cache room for their rows of all heads; twice as many where
-  /// each row is read once, from memory; and all where they may be asked for, which saves sums from being
-  /// stored, or are columns, which are read in longer pieces then. It must not depend on the batch: what is
-  /// not finite is added at the end of each step.
+  /// Calls use(head, count_of_heads, first, count) for the keys [first, first + count) of a run, a step at a
+  /// time. Steps must not depend on the batch: what is not finite is added at the end of each.
   template <class Use>
   void each_step(Heads heads, Index keys, const Use& use) const {
-    const bool reads_once = rows_ == 1 && !operands_.values_are_keys;
-    const Index budget = (Index(1) << (reads_once ? 16 : 15)) / static_cast<Index>(sizeof(Scalar));
-    constexpr Index fewest = 8;
-    const Index width = shape_.key_value_heads * std::max(shape_.head_dim, shape_.value_dim);
-    const Index few = std::max(fewest, budget / std::max<Index>(width, 1) / fewest * fewest);
-    const Index step = may_ask_ahead() || reads_columns() ? keys : few;
-    for (Index first = 0; first < keys; first += step) {
-      const Index count = std::min(step, keys - first);
+    for (Index first = 0; first < keys; first += step_) {
+      const Index count = std::min(step_, keys - first);
       each_group_in_sight(heads, [&](Index head, Index count_of_heads) {
         use(head, count_of_heads, first, count);
       });
@@ -268,6 +278,34 @@ class StreamProducts {
     }
   }
 
+  /// A short run that all heads see whole.
+  void visit_whole_short_run(Index first_key, const SoftmaxRows<Accumulator>& outs) {
+    multiply_keys(0, shape_.key_value_heads, first_key, 0, run_);
+    scale_short_run(first_key, run_);
+    take_weights_of_short_run(outs);
+    multiply_values(0, shape_.key_value_heads, 0, operands_.values_of(0, first_key, run_),
+                    simd::Store::add, {outs.out, outs.stride});
+  }
+
+  /// Products → scores, of all heads.
+  void scale_short_run(Index first_key, Index keys) {
+    const Index places = short_runs_.places();
+    Accumulator* const bias = buffers_.key_bias;
+    norms_come_with_products()
+        ? simd::scale_row(bias, places, operands_.key_norm_weight * simd::log2_e<Accumulator>)
+        : std::fill(bias, bias + places, Accumulator(0));
+    if (operands_.log_prior.data) {
+      for (Index head = 0; head < shape_.key_value_heads; ++head)
+        add_log_prior(operands_, head, first_key, keys, key_bias(head));
+      simd::ask_for_rows_after(operands_.log_prior_of(first_key, keys));
+    }
+    simd::scale_and_add_row(bias, log2_scale(operands_), buffers_.scores, places);
+  }
+
+  void take_weights_of_short_run(const SoftmaxRows<Accumulator>& outs) {
+    short_runs_.take_weights(buffers_.scores, outs.softmax, outs.out, outs.stride);
+  }
+
   /// W·V of some key/value heads, where `values` are the rows of the first and `out` its results.
   void multiply_values(Index head, Index heads, Index first, const MatrixView<const Scalar>& values,
                        simd::Store mode, simd::ContiguousRows<Accumulator> out) {
@@ -277,9 +315,10 @@ class StreamProducts {
          rows_,
          values.rows,
          shape_.value_dim,
-         {{scores(head, 0, first).data, buffers_.score_stride}, rows_ * buffers_.score_stride},
+         {{scores(head, 0, first).data, score_stride_}, rows_ * score_stride_},
          {{values.data, values.row_stride}, value_head_stride()},
-         {out, rows_ * out.stride}},
+         {out, rows_ * out.stride},
+         visits_short_runs_},
         values_ahead_);
   }
 
@@ -295,7 +334,7 @@ class StreamProducts {
            some,
            values.cols,
            values.rows,
-           {{scores(head, 0, first).from(row).data, buffers_.score_stride}, 0},
+           {{scores(head, 0, first).from(row).data, score_stride_}, 0},
            {{values.data, values.col_stride}, 0},
            {sums, 0},
            {{nullptr, 0}, 0}},
@@ -345,7 +384,7 @@ class StreamProducts {
   /// share a key/value head, and of those after it.
   simd::Tile<Accumulator> scores(Index head, Index member = 0, Index first = 0) const {
     const Index row = head * rows_ + member * shape_.queries;
-    return {buffers_.scores + row * buffers_.score_stride + first, buffers_.score_stride};
+    return {buffers_.scores + row * score_stride_ + first, score_stride_};
   }
 
   /// Whether queries are taken several at a time.
@@ -361,9 +400,24 @@ class StreamProducts {
   StreamBuffers<Accumulator>& buffers_;
   Index group_;  ///< query heads that share a key/value head
   Index rows_;   ///< of one key/value head
-  Index run_;    ///< keys that are visited at a time at most
+  bool visits_short_runs_;
+  Index run_;           ///< keys that are visited at a time at most
+  Index step_;          ///< those of them that are multiplied before the next, see keys_of_step()
+  Index score_stride_;  ///< without a gap between the rows of a short run
+  ShortRunSoftmax<Accumulator> short_runs_;
 
  private:
+  /// As many tokens as leave the first-level cache room for their rows of all heads; twice as many where each
+  /// row is read once, from memory. Where they may be asked for all keys of a run are one step, which saves
+  /// sums from being stored, and where they are columns, which are read in longer pieces then.
+  Index keys_of_step() const {
+    const bool reads_once = rows_ == 1 && !operands_.values_are_keys;
+    const Index budget = (Index(1) << (reads_once ? 16 : 15)) / static_cast<Index>(sizeof(Scalar));
+    constexpr Index fewest = 8;
+    const Index width = shape_.key_value_heads * std::max(shape_.head_dim, shape_.value_dim);
+    return std::max(fewest, budget / std::max<Index>(width, 1) / fewest * fewest);
+  }
+
   /// Whether they may ask for memory.
   bool may_ask_ahead() const { return simd::blocks_ask_ahead && takes_blocks(); }
 
@@ -390,9 +444,8 @@ class StreamProducts {
          shape_.head_dim,
          queries_from(head),
          {{keys, stride}, shape_.head_dim},
-         {{scores(head, 0, first).data, buffers_.score_stride}, rows_ * buffers_.score_stride},
-         {{norms_come_with_products() ? key_bias(head) + first : nullptr, 0},
-          buffers_.score_stride}},
+         {{scores(head, 0, first).data, score_stride_}, rows_ * score_stride_},
+         {{norms_come_with_products() ? key_bias(head) + first : nullptr, 0}, score_stride_}},
         keys_ahead_);
   }
 
@@ -407,13 +460,11 @@ class StreamProducts {
          keys.rows,
          queries_from(head),
          {{keys.data, keys.col_stride}, shape_.head_dim * keys.col_stride},
-         {{scores(head, 0, first).data, buffers_.score_stride}, rows_ * buffers_.score_stride}},
+         {{scores(head, 0, first).data, score_stride_}, rows_ * score_stride_}},
         keys_ahead_);
   }
 
-  Accumulator* key_bias(Index head) const {
-    return buffers_.key_bias + head * buffers_.score_stride;
-  }
+  Accumulator* key_bias(Index head) const { return buffers_.key_bias + head * score_stride_; }
 
   bool norms_come_with_products() const {
     return !takes_blocks() && operands_.key_norm_weight != Accumulator(0) &&
@@ -473,7 +524,7 @@ class StreamTask : StreamProducts<Scalar> {
 
   StreamTask(const Operands<Scalar>& operands, const Terms& terms, const StreamPlan<Scalar>& plan,
              StreamBuffers<Accumulator>& buffers)
-      : Products(operands, plan, buffers), terms_(terms) {}
+      : Products(operands, plan, buffers, Terms::only_masks), terms_(terms) {}
 
   /// All keys are one run: each head is finished and written before the next.
   void run_once(const SoftmaxRows<Accumulator>& outs, const ForwardOutputs<Scalar>& outputs) {
@@ -494,6 +545,18 @@ class StreamTask : StreamProducts<Scalar> {
 
   void run(Index first_key, Index keys, const SoftmaxRows<Accumulator>& outs) {
     outs.reset(shape_.query_heads * shape_.queries);
+    visits_short_runs_ ? visit_short_runs(first_key, keys, outs)
+                       : visit_long_runs(first_key, keys, outs);
+  }
+
+ private:
+  using Products::buffers_, Products::group_, Products::operands_, Products::rows_, Products::run_,
+      Products::shape_, Products::visits_short_runs_;
+  using Products::can_be_read_in_place, Products::multiply_values, Products::scores,
+      Products::reads_columns, Products::takes_blocks, Products::tile_of;
+  using Heads = typename Products::Heads;
+
+  void visit_long_runs(Index first_key, Index keys, const SoftmaxRows<Accumulator>& outs) {
     constexpr Index second_level = Index(1) << 20;
     const bool asks = this->asks_ahead(second_level);
     // Halves of a run, where values share the cache with keys, save about a tenth of the time.
@@ -509,12 +572,18 @@ class StreamTask : StreamProducts<Scalar> {
     }
   }
 
- private:
-  using Products::buffers_, Products::group_, Products::operands_, Products::rows_, Products::run_,
-      Products::shape_;
-  using Products::can_be_read_in_place, Products::multiply_values, Products::scores,
-      Products::reads_columns, Products::takes_blocks, Products::tile_of;
-  using Heads = typename Products::Heads;
+  void visit_short_runs(Index first_key, Index keys, const SoftmaxRows<Accumulator>& outs) {
+    this->short_runs_.reset();
+    const Heads all{0, shape_.key_value_heads};
+    const bool sees_all = see_all(all, first_key, keys);
+    const Index end = first_key + keys;
+    for (Index key = first_key, count; key < end; key += count) {
+      count = operands_.run_of_keys(key, std::min(run_, end - key));
+      const bool sees_run = count == run_ && (sees_all || see_all(all, key, count));
+      sees_run ? this->visit_whole_short_run(key, outs) : visit_run(all, key, count, outs);
+    }
+    this->short_runs_.write_sums(outs.softmax.sum);
+  }
 
   /// Some heads against one run of keys: all its scores, then their weights, then what these add to
   /// the output.
@@ -522,14 +591,34 @@ class StreamTask : StreamProducts<Scalar> {
     for (Index head = heads.first; head < heads.last; ++head)
       buffers_.coverage[head] = coverage_of_all(head, first_key, keys);
     this->multiply_run(heads, first_key, keys);
+    visits_short_runs_ ? weigh_short_run(first_key, keys, outs)
+                       : weigh_long_run(heads, first_key, keys, outs);
+    this->each_step(heads, keys, [&](Index head, Index count_of_heads, Index first, Index count) {
+      add_values(head, count_of_heads, first_key, first, count, outs.from(head * rows_));
+    });
+  }
+
+  void weigh_long_run(Heads heads, Index first_key, Index keys,
+                      const SoftmaxRows<Accumulator>& outs) {
     for (Index head = heads.first; head < heads.last; ++head) {
       const Coverage coverage = buffers_.coverage[head];
       if (coverage != Coverage::empty)
         weigh(head, first_key, keys, coverage, outs.from(head * rows_));
     }
-    this->each_step(heads, keys, [&](Index head, Index count_of_heads, Index first, Index count) {
-      add_values(head, count_of_heads, first_key, first, count, outs.from(head * rows_));
-    });
+  }
+
+  /// The same of a short run of all heads. Hidden keys, and places of more keys than there are, are −∞.
+  void weigh_short_run(Index first_key, Index keys, const SoftmaxRows<Accumulator>& outs) {
+    constexpr auto hidden = simd::minus_infinity<Accumulator>;
+    this->scale_short_run(first_key, keys);
+    for (Index head = 0; head < shape_.key_value_heads; ++head) {
+      const auto row = scores(head);
+      const Coverage coverage = buffers_.coverage[head];
+      if (coverage == Coverage::partial)
+        terms_.hide(tile_of(head, 0, first_key, keys), row.data, row.row_stride, hidden);
+      std::fill(row.data + (coverage == Coverage::empty ? 0 : keys), row.data + run_, hidden);
+    }
+    this->take_weights_of_short_run(outs);
   }
 
   /// The weights of one run of keys of one key/value head, for all query heads that share it.
@@ -550,7 +639,7 @@ class StreamTask : StreamProducts<Scalar> {
       const Tile tile = tile_of(head, member, first_key, keys);
       finish_scores(operands_, terms_, tile, scores(head, member));
       if (coverage == Coverage::full) continue;
-      terms_.hide(tile, scores(head, member).data, buffers_.score_stride,
+      terms_.hide(tile, scores(head, member).data, this->score_stride_,
                   simd::minus_infinity<Accumulator>);
     }
   }
@@ -627,6 +716,13 @@ class StreamTask : StreamProducts<Scalar> {
     }
     sum_values(head, coverage, outs);
     this->write_rows_of_head(head, outs, outputs.out);
+  }
+
+  /// Whether no query of the heads is kept from a key.
+  bool see_all(Heads heads, Index first_key, Index keys) const {
+    for (Index head = heads.first; Terms::has_masks && head < heads.last; ++head)
+      if (coverage_of_all(head, first_key, keys) != Coverage::full) return false;
+    return true;
   }
 
   Coverage coverage_of_all(Index head, Index first_key, Index keys) const {

@@ -24,10 +24,12 @@ class TermChain {
                   WeightDropout<Bound>)&&...),
                 "surfattn: a term must act as a mask, a modifier, a bias, a sink or a dropout");
 
+  static constexpr bool has_masks = (Mask<Bound> || ...);
   static constexpr bool modifies_scores = (ScoreModifier<Bound> || ...);
   static constexpr bool has_biases = (ScoreBias<Bound> || ...);
   static constexpr bool has_sinks = (SoftmaxSink<Bound> || ...);
   static constexpr bool drops_weights = (WeightDropout<Bound> || ...);
+  static constexpr bool only_masks = !(modifies_scores || has_biases || has_sinks || drops_weights);
   static constexpr bool is_trainable = (TrainableBound<Bound> || ...);
   static constexpr std::size_t modifiers = (std::size_t(ScoreModifier<Bound>) + ... + 0);
 

@@ -126,6 +126,12 @@ SURFATTN_ALWAYS_INLINE auto maximum_of(P a) {
   return Eigen::internal::predux_max(a);
 }
 
+/// Whether a > b in some lane; a NaN is not.
+template <class P>
+SURFATTN_ALWAYS_INLINE bool exceeds(P a, P b) {
+  return Eigen::internal::predux_any(Eigen::internal::pcmp_lt(b, a));
+}
+
 /// Unsigned integers of `bytes` bytes, as many as a packet has lanes.
 template <class Scalar, std::size_t bytes>
 struct integers {
@@ -288,13 +294,15 @@ SURFATTN_ALWAYS_INLINE void store_sums(Scalar* to, const Packet<Scalar>& a, cons
   }
 }
 
-/// The sums of `Count` packets, up to four, to as many numbers: the same bits for a packet alone as among
+/// The sums of `Count` packets, up to four or a multiple of it, to as many numbers: the same bits for a packet alone as among
 /// others.
 template <class Scalar, int Count>
 SURFATTN_ALWAYS_INLINE void store_sums(Scalar* to, const Packet<Scalar> (&packets)[Count]) {
-  static_assert(Count <= 4);
-  if constexpr (Count == 4) {
-    store_sums<Scalar>(to, packets[0], packets[1], packets[2], packets[3]);
+  static_assert(Count <= 4 || Count % 4 == 0);
+  if constexpr (Count % 4 == 0) {
+    SURFATTN_UNROLL
+    for (int n = 0; n < Count; n += 4)
+      store_sums<Scalar>(to + n, packets[n], packets[n + 1], packets[n + 2], packets[n + 3]);
   } else {
     Scalar sums[4];
     store_sums<Scalar>(sums, packets[0], packets[1 % Count], packets[2 % Count], packets[0]);

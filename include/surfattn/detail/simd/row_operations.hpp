@@ -72,6 +72,41 @@ Scalar exp2_row(Scalar* row, Index count, Scalar origin) {
   return sum(add(sums[0], sums[1]));
 }
 
+/// Whether some number of a row is larger than the limit at its place, over a whole number of packets.
+template <class Scalar>
+bool exceeds_somewhere(const Scalar* row, const Scalar* limits, Index count) {
+  bool any = false;
+  for_packets<Scalar>(count, [&]<int Count>(Index first) {
+    SURFATTN_UNROLL
+    for (int p = 0; p < Count; ++p) {
+      const Index j = first + p * lanes<Scalar>;
+      any |= exceeds(load(row + j), load(limits + j));
+    }
+  });
+  return any;
+}
+
+/// row ← 2^(row − origins), place by place, and sums ← sums + row, over a whole number of packets.
+template <class Scalar>
+void exp2_places(Scalar* row, const Scalar* origins, Scalar* sums, Index count) {
+  const Exp2Origin<Scalar> zero(Scalar(0));
+  for_packets<Scalar>(count, [&]<int Count>(Index first) {
+    Packet<Scalar> weights[Count];
+    SURFATTN_UNROLL
+    for (int p = 0; p < Count; ++p) {
+      const Index j = first + p * lanes<Scalar>;
+      weights[p] = subtract(load(row + j), load(origins + j));
+    }
+    exp2<Scalar>(weights, zero);
+    SURFATTN_UNROLL
+    for (int p = 0; p < Count; ++p) {
+      const Index j = first + p * lanes<Scalar>;
+      store(row + j, weights[p]);
+      store(sums + j, add(load(sums + j), weights[p]));
+    }
+  });
+}
+
 /// row ← factor·row over a whole number of packets.
 template <class Scalar>
 void scale_row(Scalar* row, Index count, Scalar factor) {

@@ -20,7 +20,10 @@
 ///   addresses and keep some in vector registers, where they queue behind sums that wait for memory.
 /// - Loops of a single query over packets or rows take four in a turn: keys that are values are then read
 ///   in a tenth less time on Zen 5, and so are keys by packets of half a line. Rows of 16 packets are
-///   long enough one at a time.
+///   long enough one at a time, and so are rows of which others follow: requests for these save a tenth to
+///   a fifth of the time if they are spread evenly, and nothing if those of four rows come together.
+/// - A query of several heads takes eight keys at a time, a tenth less time for two heads of keys and values,
+///   and where keys are values. With norms, four and requests for the next four are a tenth faster.
 /// - Products with keys of 4, 8 or 16 packets, the usual widths of a head, have no loop over these: that
 ///   saves a twentieth of the time, and a fifth where a single head has keys of 8 packets. With norms, keys
 ///   of 8 packets take a seventh less, of 16 a twentieth more; and where keys of 4 packets are asked for,
@@ -136,6 +139,13 @@ class ProductAhead {
   Index asked_ = 0, row_ = 0, col_ = 0;
 };
 
+/// Asks for the beginnings of as many rows as these, after them; of several in a line, once.
+template <class Scalar>
+SURFATTN_ALWAYS_INLINE void ask_for_rows_after(const MatrixView<const Scalar>& rows) {
+  const Index step = std::max<Index>(1, line<Scalar> / std::max<Index>(1, rows.row_stride));
+  for (Index i = rows.rows; i < 2 * rows.rows; i += step) __builtin_prefetch(rows.row(i));
+}
+
 /// Products of `Rows` queries with `Keys` keys on their way.
 template <int Rows, int Keys, class Scalar>
 struct DotSums {
@@ -177,28 +187,33 @@ struct DotSums {
   }
 };
 
+/// What a query asks memory for: what it reads soon; or, while its rows are in the first-level cache, what is
+/// read first of those after them: a quarter, which is about what memory sends meanwhile.
+enum class Ask { nothing, soon, after_rows };
+
+/// How far ahead is soon: beyond the `rows` rows at hand at least.
+template <class Source>
+Index distance_ahead(Index rows, Index row_stride) {
+  return std::max(8192 / static_cast<Index>(sizeof(Source)), rows * row_stride);
+}
+
 /// Whether a query of a single head asks for what is read soon. Where a line is several packets that
 /// costs up to a third of the time.
-inline constexpr bool asks_in_single_head = packets_are_lines;
+inline constexpr Ask ask_in_single_head = packets_are_lines ? Ask::soon : Ask::nothing;
 
 /// Whether the products of a query of one of several heads do so where there is more to do for each line
 /// than to multiply and add: numbers to be converted, norms to be formed, or other queries to be
 /// multiplied with the same keys. Else the processor works ahead far enough, and Intel's prefetchers do
 /// in any case. On Zen 5 it saves a third of the time of bfloat16 and of three queries, and a tenth of
 /// that of norms.
-inline constexpr bool asks_beside_work = packets_are_lines && !SURFATTN_TARGETS_INTEL_AVX512;
+inline constexpr Ask ask_beside_work =
+    packets_are_lines && !SURFATTN_TARGETS_INTEL_AVX512 ? Ask::soon : Ask::nothing;
 
 /// Whether several queries of a head, which take longer than the memory of their keys, ask for the rows of
 /// the next run or head meanwhile. Intel's prefetchers go from row to row by themselves where rows are
 /// read in the order in which they lie: short sequences take a tenth more time with asking, and 4 queries
 /// of each of 8 heads 1.7 times as much head by head.
 inline constexpr bool blocks_ask_ahead = !SURFATTN_TARGETS_INTEL_AVX512;
-
-/// How far ahead a query asks: beyond the `rows` rows at hand at least.
-template <class Source>
-Index distance_ahead(Index rows, Index row_stride) {
-  return std::max(8192 / static_cast<Index>(sizeof(Source)), rows * row_stride);
-}
 
 /// C = Q·Kᵀ for each of `heads` heads: `rows` queries, `keys` keys, of `width` numbers. The rows of Q
 /// end with whole packets (packed ones are padded with zeros), those of K are as they lie. Where queries
@@ -217,7 +232,7 @@ struct DotProducts {
 
 /// One query of each head against `Keys` keys from `key` on, over whole packets, of which there are
 /// `Packets` unless that is 0, and `norms` of these keys if they are wanted.
-template <int Keys, int Packets, bool asks, bool norms, class Scalar, class Source>
+template <int Keys, int Packets, Ask ask, bool norms, class Scalar, class Source>
 SURFATTN_NEVER_INLINE void set_packets_of_query(Index row, Index key,
                                                 const DotProducts<Scalar, Source>& all) {
   const Index whole = in_whole_packets<Scalar>(all.width);
@@ -233,7 +248,7 @@ SURFATTN_NEVER_INLINE void set_packets_of_query(Index row, Index key,
     Index c = 0;
     const auto add = [&] {
       sums.add({query.data + c, 0}, [&](Index j) {
-        if constexpr (asks) __builtin_prefetch(key_rows.at[j] + c + ahead);
+        if constexpr (ask == Ask::soon) __builtin_prefetch(key_rows.at[j] + c + ahead);
         if constexpr (norms) return squares.add_square(j, load_as<Scalar>(key_rows.at[j] + c));
         return load_as<Scalar>(key_rows.at[j] + c);
       });
@@ -258,45 +273,54 @@ SURFATTN_NEVER_INLINE void set_packets_of_query(Index row, Index key,
 }
 
 /// The same for as many packets as there are.
-template <int Keys, bool asks, bool norms, class Scalar, class Source>
+template <int Keys, Ask ask, bool norms, class Scalar, class Source>
 void set_products_of_query(Index row, Index key, const DotProducts<Scalar, Source>& all) {
   const Index packets = all.width / lanes<Scalar>;
   if constexpr (Keys > 1) {
-    if (packets == 8) return set_packets_of_query<Keys, 8, asks, norms>(row, key, all);
-    if constexpr (!asks) {
-      if (packets == 4) return set_packets_of_query<Keys, 4, asks, norms>(row, key, all);
+    if (packets == 8) return set_packets_of_query<Keys, 8, ask, norms>(row, key, all);
+    if constexpr (Keys == 4 && ask == Ask::nothing) {
+      if (packets == 4) return set_packets_of_query<Keys, 4, ask, norms>(row, key, all);
     }
     if constexpr (!norms) {
-      if (packets == 16) return set_packets_of_query<Keys, 16, asks, norms>(row, key, all);
+      if (packets == 16) return set_packets_of_query<Keys, 16, ask, norms>(row, key, all);
     }
   }
-  set_packets_of_query<Keys, 0, asks, norms>(row, key, all);
+  set_packets_of_query<Keys, 0, ask, norms>(row, key, all);
 }
 
 /// The query `first` against `Keys` keys from `key` on, with their norms if they are wanted.
-template <int Keys, bool asks, class Scalar, class Source>
+template <int Keys, Ask ask, class Scalar, class Source>
 void set_products_of_first(Index first, Index key, const DotProducts<Scalar, Source>& all) {
-  constexpr bool asks_beside = Keys > 1 && (asks || asks_beside_work);
+  constexpr Ask ask_beside = Keys == 1 ? Ask::nothing : ask == Ask::nothing ? ask_beside_work : ask;
   const bool has_work_beside = !std::is_same_v<Scalar, Source> || all.rows - first > 1;
   if (all.wants_norms()) {
-    set_products_of_query<Keys, asks_beside, true>(first, key, all);
+    set_products_of_query<Keys, ask_beside, true>(first, key, all);
   } else if (has_work_beside) {
-    set_products_of_query<Keys, asks_beside, false>(first, key, all);
+    set_products_of_query<Keys, ask_beside, false>(first, key, all);
   } else {
-    set_products_of_query<Keys, asks, false>(first, key, all);
+    set_products_of_query<Keys, ask, false>(first, key, all);
   }
 }
 
 /// The queries from `first` on, one after the other while the keys are in the first-level cache, against
 /// the keys from `key` on, in steps of `Keys` and then one by one.
-template <int Keys, bool asks, class Scalar, class Source>
+template <int Keys, Ask ask, class Scalar, class Source>
 void set_products_one_by_one(Index first, Index key, const DotProducts<Scalar, Source>& all) {
   for (; key + Keys <= all.keys; key += Keys) {
-    set_products_of_first<Keys, asks>(first, key, all);
+    set_products_of_first<Keys, ask>(first, key, all);
     for (Index row = first + 1; row < all.rows; ++row)
-      set_products_of_query<Keys, false, false>(row, key, all);
+      set_products_of_query<Keys, Ask::nothing, false>(row, key, all);
   }
-  if constexpr (Keys > 1) set_products_one_by_one<1, false>(first, key, all);
+  if constexpr (Keys > 1) set_products_one_by_one<1, Ask::nothing>(first, key, all);
+}
+
+/// A single query of each of several heads against eight keys at a time, as many as there are; returns how
+/// many keys that are.
+template <class Scalar>
+Index set_products_by_eights(const DotProducts<Scalar, Scalar>& all) {
+  Index key = 0;
+  for (; key + 8 <= all.keys; key += 8) set_products_of_query<8, Ask::nothing, false>(0, key, all);
+  return key;
 }
 
 /// The same of a single head: every `Keys` of its keys are taken for those of a head of their own.
@@ -309,8 +333,8 @@ void set_products_of_single_head(Index first, const DotProducts<Scalar, Source>&
   as_heads.keys_of.head_stride = Keys * all.keys_of.first.stride;
   as_heads.products_of.head_stride = Keys;
   as_heads.norms_of.head_stride = Keys;
-  set_products_one_by_one<Keys, asks_in_single_head>(first, 0, as_heads);
-  set_products_one_by_one<1, false>(first, groups * Keys, all);
+  set_products_one_by_one<Keys, ask_in_single_head>(first, 0, as_heads);
+  set_products_one_by_one<1, Ask::nothing>(first, groups * Keys, all);
 }
 
 /// `Rows` queries against `Keys` keys over whole packets.
@@ -385,8 +409,12 @@ void set_dot_products(const DotProducts<Scalar, Source>& all, Ahead& ahead) {
   const Index in_blocks = rows_in_blocks(all.rows);
   if (in_blocks > 0) set_products_in_blocks(all, ahead);
   if (in_blocks < all.rows) {
+    Index key = 0;
+    if constexpr (std::is_same_v<Scalar, Source>) {
+      if (all.rows == 1 && all.heads > 1 && !all.wants_norms()) key = set_products_by_eights(all);
+    }
     all.heads == 1 ? set_products_of_single_head<4>(in_blocks, all)
-                   : set_products_one_by_one<4, false>(in_blocks, 0, all);
+                   : set_products_one_by_one<4, Ask::nothing>(in_blocks, key, all);
   }
   if (all.width % lanes<Scalar> != 0) add_products_of_rest(all);
 }
@@ -400,17 +428,19 @@ struct RowsProducts {
   HeadRows<const Scalar> a;
   HeadRows<const Source> b;
   HeadRows<Scalar> c;
+  bool follow_each_other = false;  ///< rows of B in the first-level cache: more of them follow
 };
 
 /// One row of C of each head over `Packets` packets of columns from `col` on.
-template <int Packets, bool asks, class Scalar, class Source>
+template <int Packets, Ask ask, class Scalar, class Source>
 SURFATTN_NEVER_INLINE void set_packets_of_row(Index row, Index col,
                                               const RowsProducts<Scalar, Source>& all) {
   auto a = all.a.first.from(row);
   auto b = all.b.first.from(0, col);
   auto c = all.c.first.from(row, col);
   const Index ahead = distance_ahead<Source>(1, all.b.first.stride);
-  for (Index head = all.heads; head > 0; --head) {
+  constexpr Index quarter = std::max<Index>(1, Packets * lanes<Scalar> / line<Source> / 4);
+  for (Index head = 0; head < all.heads; ++head) {
     Packet<Scalar> sums[Packets];
     SURFATTN_UNROLL
     for (int p = 0; p < Packets; ++p) {
@@ -418,17 +448,22 @@ SURFATTN_NEVER_INLINE void set_packets_of_row(Index row, Index col,
                                        : load_unaligned(c.data + p * lanes<Scalar>);
     }
     const Source* from = b.data;
+    const Source* after = all.b.first.row(all.depth) +
+                          (head * all.b.head_stride + col) / (4 * line<Source>)*line<Source>;
     Index k = 0;
     const auto add = [&] {
       const auto factor = broadcast(a.data[k]);
       SURFATTN_UNROLL
+      for (Index l = 0; ask == Ask::after_rows && l < quarter; ++l)
+        __builtin_prefetch(after + l * line<Source>);
+      SURFATTN_UNROLL
       for (int p = 0; p < Packets; ++p) {
-        if constexpr (asks) __builtin_prefetch(from + p * lanes<Scalar> + ahead);
+        if constexpr (ask == Ask::soon) __builtin_prefetch(from + p * lanes<Scalar> + ahead);
         sums[p] = multiply_add(factor, load_as<Scalar>(from + p * lanes<Scalar>), sums[p]);
       }
-      ++k, from += b.stride;
+      ++k, from += b.stride, after += b.stride;
     };
-    while (Packets < 16 && k + 4 <= all.depth) {
+    while (ask != Ask::after_rows && Packets < 16 && k + 4 <= all.depth) {
       add(), add();
       add(), add();
     }
@@ -442,20 +477,21 @@ SURFATTN_NEVER_INLINE void set_packets_of_row(Index row, Index col,
 }
 
 /// The whole packets of a row of C from `col` on, in steps of `Packets` and then of half as many.
-template <int Packets, bool asks, class Scalar, class Source>
+template <int Packets, Ask ask, class Scalar, class Source>
 void set_row(Index row, Index col, const RowsProducts<Scalar, Source>& all) {
   constexpr Index step = Packets * lanes<Scalar>;
-  for (; col + step <= all.width; col += step) set_packets_of_row<Packets, asks>(row, col, all);
+  for (; col + step <= all.width; col += step) set_packets_of_row<Packets, ask>(row, col, all);
   if constexpr (Packets > 1) {
-    if (col < all.width) set_row<Packets / 2, asks>(row, col, all);
+    constexpr Ask ask_for_rest = ask == Ask::after_rows && Packets <= 4 ? Ask::nothing : ask;
+    if (col < all.width) set_row<Packets / 2, ask_for_rest>(row, col, all);
   }
 }
 
 /// The rows of C from `row` on, one after the other while the rows of B are in the first-level cache.
-template <bool asks, class Scalar, class Source>
+template <Ask ask, class Scalar, class Source>
 void set_rows_one_by_one(Index row, const RowsProducts<Scalar, Source>& all) {
-  constexpr int most = registers >= 32 ? 16 : 8;
-  for (; row < all.rows; ++row) set_row<most, asks>(row, 0, all);
+  constexpr int most = registers >= 32 && ask != Ask::after_rows ? 16 : 8;
+  for (; row < all.rows; ++row) set_row<most, ask>(row, 0, all);
 }
 
 /// `Rows` rows of C over `Packets` packets of columns.
@@ -568,8 +604,9 @@ void set_rows_products(const RowsProducts<Scalar, Source>& all, Ahead& ahead) {
   }
   if (in_blocks > first) set_rows_in_blocks(first, all, ahead);
   if (in_blocks < all.rows) {
-    all.heads == 1 ? set_rows_one_by_one<asks_in_single_head>(in_blocks, all)
-                   : set_rows_one_by_one<false>(in_blocks, all);
+    all.heads == 1          ? set_rows_one_by_one<ask_in_single_head>(in_blocks, all)
+    : all.follow_each_other ? set_rows_one_by_one<Ask::after_rows>(in_blocks, all)
+                            : set_rows_one_by_one<Ask::nothing>(in_blocks, all);
   }
   if (all.width % lanes<Scalar> != 0) set_rest_of_rows(all);
 }
