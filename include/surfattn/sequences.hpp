@@ -21,6 +21,10 @@ concept OffsetRange = std::ranges::contiguous_range<const std::remove_reference_
     (sizeof(std::ranges::range_value_t<const std::remove_reference_t<T>>) == 4 ||
      sizeof(std::ranges::range_value_t<const std::remove_reference_t<T>>) == 8);
 
+/// What may be meant for them, and is not.
+template <class... T>
+concept OtherRanges = (std::ranges::sized_range<const T> && ...) && !(OffsetRange<T> && ...);
+
 /// Such numbers, but in an object that would be gone before they are used.
 template <class T>
 concept TemporaryRange =
@@ -121,6 +125,14 @@ class Sequences {
         are_equal_(false),
         query_offsets_(query_offsets),
         key_offsets_(key_offsets) {}
+
+  template <class... Offsets>
+  requires((sizeof...(Offsets) == 1 || sizeof...(Offsets) == 2) && detail::OtherRanges<Offsets...>)
+      Sequences(const Offsets&...) {
+    static_assert(
+        !detail::OtherRanges<Offsets...>,
+        "surfattn: offsets of sequences must be contiguous signed 32- or 64-bit integers");
+  }
 
   /// Temporary offsets would be gone before they are used.
   template <detail::TemporaryRange Offsets>

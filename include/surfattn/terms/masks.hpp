@@ -162,6 +162,15 @@ class BoolMask {
   template <detail::OwningMatrix Derived>
   explicit BoolMask(const Derived&&) = delete;
 
+  /// An expression has no numbers to be viewed, and an Array is no matrix.
+  template <class Derived>
+  requires(!detail::StoredMatrix<Derived>) explicit BoolMask(const Eigen::DenseBase<Derived>&) {
+    static_assert(
+        detail::StoredMatrix<Derived>,
+        "surfattn: a BoolMask is a view: pass a stored matrix, with .matrix() of an Array, not "
+        "an expression");
+  }
+
   BoolMask bind(const detail::Shape& shape, const detail::Require& require) const {
     check_shape(shape, require);
     BoolMask bound = *this;
@@ -225,5 +234,8 @@ template <detail::StoredMatrix Derived>
 explicit BoolMask(const Derived&) -> BoolMask<detail::scalar_t<Derived>>;
 template <detail::OwningMatrix Derived>
 explicit BoolMask(const Derived&&) -> BoolMask<detail::scalar_t<Derived>>;
+template <class Derived>
+requires(!detail::StoredMatrix<Derived>) explicit BoolMask(const Eigen::DenseBase<Derived>&)
+    ->BoolMask<typename Derived::Scalar>;
 
 }  // namespace surfattn

@@ -22,8 +22,8 @@
 ///   in a tenth less time on Zen 5, and so are keys by packets of half a line. Rows of 16 packets are
 ///   long enough one at a time, and so are rows of which others follow: requests for these save a tenth to
 ///   a fifth of the time if they are spread evenly, and nothing if those of four rows come together.
-/// - A query of several heads takes eight keys at a time, a tenth less time for two heads of keys and values,
-///   and where keys are values. With norms, four and requests for the next four are a tenth faster.
+/// - A query of several heads takes eight keys at a time: a third less time for two heads of 8 packets, as
+///   much for eight heads of keys and values. With norms, four and requests for the next four are faster.
 /// - Products with keys of 4, 8 or 16 packets, the usual widths of a head, have no loop over these: that
 ///   saves a twentieth of the time, and a fifth where a single head has keys of 8 packets. With norms, keys
 ///   of 8 packets take a seventh less, of 16 a twentieth more; and where keys of 4 packets are asked for,
