@@ -139,6 +139,22 @@ void check_rows_products(const Sizes& size, simd::Store mode, std::mt19937_64& r
     CHECK(c.middleCols(head * padded, width) == expected);
   }
   CHECK(c.col(heads * padded) == first.col(heads * padded));
+  if (mode == simd::Store::add) return;
+  Matrix<Scalar> lines(rows, heads * padded);  // whole packets
+  simd::RowsProducts<Scalar, Source> products{mode,
+                                              heads,
+                                              rows,
+                                              depth,
+                                              width,
+                                              heads_of<const Scalar>(a, depth),
+                                              heads_of<const Source>(b, width),
+                                              heads_of<Scalar>(lines, padded)};
+  products.past_caches = true;
+  simd::set_rows_products(products, ahead);
+  simd::finish_past_caches();
+  for (Index head = 0; head < heads; ++head) {
+    CHECK(lines.middleCols(head * padded, width) == c.middleCols(head * padded, width));
+  }
 }
 
 /// One query and several, which take different ways; keys on both sides of a step; widths of whole

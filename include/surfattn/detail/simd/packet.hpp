@@ -78,6 +78,33 @@ SURFATTN_ALWAYS_INLINE void store_unaligned(Scalar* to, Packet<Scalar> packet) {
   Eigen::internal::pstoreu(to, packet);
 }
 
+/// Whether a packet can be stored past the caches: a whole line of memory, which is then not read before.
+template <class Scalar>
+inline constexpr bool passes_caches =
+#if defined(EIGEN_VECTORIZE_AVX512)
+    std::is_same_v<Scalar, float> || std::is_same_v<Scalar, double>;
+#else
+    false;
+#endif
+
+/// To an address aligned to a line, where that is possible. Other threads see it when those that stored are
+/// done, see `finish_past_caches`.
+template <class Scalar>
+SURFATTN_ALWAYS_INLINE void store_past_caches(Scalar* to, Packet<Scalar> packet) {
+  if constexpr (!passes_caches<Scalar>) return store(to, packet);
+#if defined(EIGEN_VECTORIZE_AVX512)
+  if constexpr (std::is_same_v<Scalar, float>) _mm512_stream_ps(to, packet);
+  if constexpr (std::is_same_v<Scalar, double>) _mm512_stream_pd(to, packet);
+#endif
+}
+
+/// After the last of such stores of a thread, before anybody reads.
+inline void finish_past_caches() {
+#if defined(EIGEN_VECTORIZE_AVX512)
+  _mm_sfence();
+#endif
+}
+
 template <class P>
 SURFATTN_ALWAYS_INLINE P add(P a, P b) {
   return Eigen::internal::padd(a, b);

@@ -429,6 +429,7 @@ struct RowsProducts {
   HeadRows<const Source> b;
   HeadRows<Scalar> c;
   bool follow_each_other = false;  ///< rows of B in the first-level cache: more of them follow
+  bool past_caches = false;        ///< C is lines of memory that are set, and not read soon
 };
 
 /// One row of C of each head over `Packets` packets of columns from `col` on.
@@ -496,17 +497,19 @@ void set_rows_one_by_one(Index row, const RowsProducts<Scalar, Source>& all) {
 
 /// `Rows` rows of C over `Packets` packets of columns.
 template <int Rows, int Packets, class Scalar, class Source, class Ahead>
-SURFATTN_ALWAYS_INLINE void rows_block(Store mode, Index depth, ContiguousRows<const Scalar> a,
+SURFATTN_ALWAYS_INLINE void rows_block(const RowsProducts<Scalar, Source>& all,
+                                       ContiguousRows<const Scalar> a,
                                        ContiguousRows<const Source> b, ContiguousRows<Scalar> c,
                                        Ahead& ahead) {
+  const Index depth = all.depth;
   constexpr Index some = 8;  // rows of B
   Packet<Scalar> sums[Rows][Packets];
   SURFATTN_UNROLL
   for (int i = 0; i < Rows; ++i) {
     SURFATTN_UNROLL
     for (int p = 0; p < Packets; ++p) {
-      sums[i][p] =
-          mode == Store::set ? broadcast(Scalar(0)) : load_unaligned(c.row(i) + p * lanes<Scalar>);
+      sums[i][p] = all.mode == Store::set ? broadcast(Scalar(0))
+                                          : load_unaligned(c.row(i) + p * lanes<Scalar>);
     }
   }
   for (Index k = 0; k < depth; ++k) {
@@ -525,7 +528,10 @@ SURFATTN_ALWAYS_INLINE void rows_block(Store mode, Index depth, ContiguousRows<c
   SURFATTN_UNROLL
   for (int i = 0; i < Rows; ++i) {
     SURFATTN_UNROLL
-    for (int p = 0; p < Packets; ++p) store_unaligned(c.row(i) + p * lanes<Scalar>, sums[i][p]);
+    for (int p = 0; p < Packets; ++p) {
+      Scalar* const to = c.row(i) + p * lanes<Scalar>;
+      all.past_caches ? store_past_caches(to, sums[i][p]) : store_unaligned(to, sums[i][p]);
+    }
   }
 }
 
@@ -536,8 +542,8 @@ SURFATTN_ALWAYS_INLINE void rows_columns(Index row, Index col, Index head,
                                          const RowsProducts<Scalar, Source>& all, Ahead& ahead) {
   constexpr Index step = Packets * lanes<Scalar>;
   for (; col + step <= all.width; col += step) {
-    rows_block<Rows, Packets>(all.mode, all.depth, all.a.of(head).from(row),
-                              all.b.of(head).from(0, col), all.c.of(head).from(row, col), ahead);
+    rows_block<Rows, Packets>(all, all.a.of(head).from(row), all.b.of(head).from(0, col),
+                              all.c.of(head).from(row, col), ahead);
   }
   if constexpr (Packets > 1) rows_columns<Rows, Packets / 2>(row, col, head, all, ahead);
 }
