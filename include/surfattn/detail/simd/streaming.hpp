@@ -20,8 +20,8 @@
 ///   addresses and keep some in vector registers, where they queue behind sums that wait for memory.
 /// - Loops of a single query over packets or rows take four in a turn: keys that are values are then read
 ///   in a tenth less time on Zen 5, and so are keys by packets of half a line. Rows of 16 packets are
-///   long enough one at a time, and so are rows of which others follow: requests for these save a tenth to
-///   a fifth of the time if they are spread evenly, and nothing if those of four rows come together.
+///   long enough one at a time, and so are those of 8 that ask for memory: requests do less, or nothing,
+///   where those of four rows come together.
 /// - A query of several heads takes eight keys at a time: a third less time for two heads of 8 packets, as
 ///   much for eight heads of keys and values. With norms, four and requests for the next four are faster.
 /// - Products with keys of 4, 8 or 16 packets, the usual widths of a head, have no loop over these: that
@@ -464,7 +464,8 @@ SURFATTN_NEVER_INLINE void set_packets_of_row(Index row, Index col,
       }
       ++k, from += b.stride, after += b.stride;
     };
-    while (ask != Ask::after_rows && Packets < 16 && k + 4 <= all.depth) {
+    constexpr int longest_of_four = ask == Ask::nothing ? 8 : ask == Ask::soon ? 4 : 0;
+    while (Packets <= longest_of_four && k + 4 <= all.depth) {
       add(), add();
       add(), add();
     }
