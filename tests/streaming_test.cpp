@@ -127,10 +127,15 @@ void check_rows_products(const Sizes& size, simd::Store mode, std::mt19937_64& r
   const Matrix<Scalar> first = whole_numbers<Scalar>(rows, heads * padded + 1, random);
   Matrix<Scalar> c = first;
   simd::ProductAhead<Source> ahead(view(b), {}, rows * width * depth);
-  simd::set_rows_products<Scalar, Source>(
-      {mode, heads, rows, depth, width, heads_of<const Scalar>(a, depth),
-       heads_of<const Source>(b, width), heads_of<Scalar>(c, padded)},
-      ahead);
+  simd::RowsProducts<Scalar, Source> products{mode,
+                                              heads,
+                                              rows,
+                                              depth,
+                                              width,
+                                              heads_of<const Scalar>(a, depth),
+                                              heads_of<const Source>(b, width),
+                                              heads_of<Scalar>(c, padded)};
+  simd::set_rows_products(products, ahead);
   for (Index head = 0; head < heads; ++head) {
     Matrix<Scalar> expected =
         a.middleCols(head * depth, depth)
@@ -141,14 +146,7 @@ void check_rows_products(const Sizes& size, simd::Store mode, std::mt19937_64& r
   CHECK(c.col(heads * padded) == first.col(heads * padded));
   if (mode == simd::Store::add) return;
   Matrix<Scalar> lines(rows, heads * padded);  // whole packets
-  simd::RowsProducts<Scalar, Source> products{mode,
-                                              heads,
-                                              rows,
-                                              depth,
-                                              width,
-                                              heads_of<const Scalar>(a, depth),
-                                              heads_of<const Source>(b, width),
-                                              heads_of<Scalar>(lines, padded)};
+  products.c = heads_of<Scalar>(lines, padded);
   products.past_caches = true;
   simd::set_rows_products(products, ahead);
   simd::finish_past_caches();

@@ -592,8 +592,10 @@ class StreamTask : StreamProducts<Scalar> {
       count = operands_.run_of_keys(key, std::min(most, end - key));
       if (asks) this->look_ahead_to_run(key + count, std::min(most, end - key - count), count);
       const Index heads = asks ? 1 : shape_.key_value_heads;
-      for (Index head = 0; head < shape_.key_value_heads; head += heads)
+      for (Index head = 0; head < shape_.key_value_heads; head += heads) {
+        look_at({head, head + heads}, key, count);
         visit_run({head, head + heads}, key, count, outs);
+      }
     }
   }
 
@@ -604,17 +606,20 @@ class StreamTask : StreamProducts<Scalar> {
     const Index end = first_key + keys;
     for (Index key = first_key, count; key < end; key += count) {
       count = operands_.run_of_keys(key, std::min(run_, end - key));
-      const bool sees_run = count == run_ && (sees_all || see_all(all, key, count));
-      sees_run ? this->visit_whole_short_run(key, outs) : visit_run(all, key, count, outs);
+      const bool is_whole = count == run_;
+      const bool sees_run = (is_whole && sees_all) || look_at(all, key, count);
+      if (is_whole && sees_run) {
+        this->visit_whole_short_run(key, outs);
+      } else {
+        visit_run(all, key, count, outs);
+      }
     }
     this->short_runs_.write_sums(outs.softmax.sum);
   }
 
-  /// Some heads against one run of keys: all its scores, then their weights, then what these add to
-  /// the output.
+  /// Some heads against one run of keys that they have looked at: all its scores, then their weights,
+  /// then what these add to the output.
   void visit_run(Heads heads, Index first_key, Index keys, const SoftmaxRows<Accumulator>& outs) {
-    for (Index head = heads.first; head < heads.last; ++head)
-      buffers_.coverage[head] = coverage_of_all(head, first_key, keys);
     this->multiply_run(heads, first_key, keys);
     visits_short_runs_ ? weigh_short_run(first_key, keys, outs)
                        : weigh_long_run(heads, first_key, keys, outs);
@@ -662,10 +667,10 @@ class StreamTask : StreamProducts<Scalar> {
     this->scale_products(head, first_key, keys);
     for (Index member = 0; member < group_; ++member) {
       const Tile tile = tile_of(head, member, first_key, keys);
-      finish_scores(operands_, terms_, tile, scores(head, member));
+      const auto rows = scores(head, member);
+      finish_scores(operands_, terms_, tile, rows);
       if (coverage == Coverage::full) continue;
-      terms_.hide(tile, scores(head, member).data, this->score_stride_,
-                  simd::minus_infinity<Accumulator>);
+      terms_.hide(tile, rows.data, rows.row_stride, simd::minus_infinity<Accumulator>);
     }
   }
 
@@ -743,11 +748,21 @@ class StreamTask : StreamProducts<Scalar> {
     this->write_rows_of_head(head, outs, outputs.out);
   }
 
-  /// Whether no query of the heads is kept from a key.
+  /// Whether no query of the heads is kept from a key; asks no further than it must.
   bool see_all(Heads heads, Index first_key, Index keys) const {
-    for (Index head = heads.first; Terms::has_masks && head < heads.last; ++head)
+    for (Index head = heads.first; head < heads.last; ++head)
       if (coverage_of_all(head, first_key, keys) != Coverage::full) return false;
     return true;
+  }
+
+  /// The same of a run, whose coverage is noted for every head.
+  bool look_at(Heads heads, Index first_key, Index keys) {
+    bool all = true;
+    for (Index head = heads.first; head < heads.last; ++head) {
+      buffers_.coverage[head] = coverage_of_all(head, first_key, keys);
+      all = all && buffers_.coverage[head] == Coverage::full;
+    }
+    return all;
   }
 
   Coverage coverage_of_all(Index head, Index first_key, Index keys) const {

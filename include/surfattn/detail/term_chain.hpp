@@ -24,7 +24,6 @@ class TermChain {
                   WeightDropout<Bound>)&&...),
                 "surfattn: a term must act as a mask, a modifier, a bias, a sink or a dropout");
 
-  static constexpr bool has_masks = (Mask<Bound> || ...);
   static constexpr bool modifies_scores = (ScoreModifier<Bound> || ...);
   static constexpr bool has_biases = (ScoreBias<Bound> || ...);
   static constexpr bool has_sinks = (SoftmaxSink<Bound> || ...);
