@@ -97,18 +97,20 @@ accumulator_t<Scalar> scale_gradient(const Operands<Scalar>& operands, Index hea
   return of_queries / operands.scale - of_norms / 2;
 }
 
-/// dβ of one sequence.
+/// Adds up dβ over the sequences of a batch. (A type with a name: the passes are compiled once for it,
+/// where a lambda would have them compiled for each kind of matrices.)
 template <class Scalar>
-accumulator_t<Scalar> scale_gradient(const Operands<Scalar>& operands,
-                                     const GradientOutputs<Scalar>& gradients,
-                                     const RawRowSums<Scalar>& row_sums) {
-  accumulator_t<Scalar> grad_scale(0);
-  for (Index head = 0; head < operands.shape.key_value_heads; ++head) {
-    grad_scale +=
-        scale_gradient<Scalar>(operands, head, gradients.query_sums, *gradients.key_bias, row_sums);
+struct ScaleGradient {
+  accumulator_t<Scalar>& sum;
+
+  void operator()(const Operands<Scalar>& operands, const GradientOutputs<Scalar>& gradients,
+                  const RawRowSums<Scalar>& row_sums) const {
+    for (Index head = 0; head < operands.shape.key_value_heads; ++head) {
+      sum += scale_gradient<Scalar>(operands, head, gradients.query_sums, *gradients.key_bias,
+                                    row_sums);
+    }
   }
-  return grad_scale;
-}
+};
 
 }  // namespace detail
 
@@ -195,12 +197,8 @@ void project_backward_into(const Queries& queries, const Keys& keys, const Out& 
   const detail::GradientOutputs<Scalar> gradients{
       detail::view(grad_queries), detail::view(grad_keys), {}, detail::view(grad_log_prior)};
   accumulator_t<Scalar> grad_scale(0);
-  detail::run_backward(
-      operands, upstream, gradients, workspace, options.executor, require,
-      [&](const auto& sequence, const auto& of_sequence, const auto& row_sums) {
-        grad_scale += detail::scale_gradient<Scalar>(sequence, of_sequence, row_sums);
-      },
-      terms...);
+  detail::run_backward(operands, upstream, gradients, workspace, options.executor, require,
+                       detail::ScaleGradient<Scalar>{grad_scale}, terms...);
   // σ = β^(−1/2)
   grad_bandwidth = -2 * operands.scale * std::sqrt(operands.scale) * grad_scale;
 }
