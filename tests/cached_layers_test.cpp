@@ -166,6 +166,20 @@ TEST_CASE("A cache that does not fit its layer is refused", "[cache]") {
   CHECK_THROWS_WITH(layer_attend(x, layers.standard, cache),
                     "surfattn::Surface::attend: the cache is empty: append keys first");
   CHECK_THROWS_AS(layer_decode(M(2, 5), layers.standard, cache), std::invalid_argument);
+  auto normed = layers.standard;
+  normed.query_norm = Norm::rms;
+  normed.query_norm_weights.gain = RowVector<double>::Ones(7);
+  CHECK_THROWS_WITH(layer_decode(x, normed, cache),
+                    contains_text("surfattn::layer_decode: weights.query_norm_weights.gain is 1×7 "
+                                  "but must be 1×"));
+  BlockWeights<StandardWeights<double>> block{layers.standard};
+  block.post_norm = Norm::layer;
+  block.post_norm_weights.bias = RowVector<double>::Ones(3);
+  block.residual = false;
+  CHECK_THROWS_WITH(block_decode(x, block, cache),
+                    contains_text("surfattn::block_decode: weights.post_norm_weights.bias is 1×3 "
+                                  "but must be 1×"));
+  CHECK(cache.is_empty());  // after all these errors
   const std::vector<double> positions{1, 2, 3};
   CHECK_THROWS_WITH(layer_append(x, layers.standard, cache, {.positions = positions}),
                     "surfattn::layer_append: positions are for weights with a rotation");

@@ -124,6 +124,45 @@ TEST_CASE("project_iterated: a query that sees no key gets 0 and gives no gradie
   CHECK(std::isfinite(gradients.step_size));
 }
 
+TEST_CASE(
+    "project_iterated: a query out of a kernel's reach stays 0 though keys are in reach of 0") {
+  std::mt19937_64 random = seeded_random();
+  using M = Matrix<double>;
+  // two heads: the first of query 0 and the second of query 1 are far from all keys
+  M q = 0.5 * random_matrix<double>(3, 4, random);
+  const M k = 0.5 * random_matrix<double>(8, 4, random), g = random_matrix<double>(3, 4, random);
+  q.row(0).head(2).setConstant(10);
+  q.row(1).tail(2).setConstant(-10);
+  const SurfaceOptions options{.heads = {.query = 2}, .bandwidth = 2.0};
+  const Iteration iteration{.steps = 3, .step_size = 0.7};
+  // exp(800) is not finite: no weight may be formed without the log-sum-exp
+  const Modifier lift{[](auto score, Position) {
+    return ValueAndDerivative{score + decltype(score)(800), decltype(score)(1)};
+  }};
+  const auto forward = project_iterated_forward(q, k, iteration, options, Epanechnikov{}, lift);
+  CHECK(forward.out.row(0).head(2).isZero(0));
+  CHECK(forward.out.row(1).tail(2).isZero(0));
+  CHECK((forward.out.row(2).array() != 0).all());
+  CHECK(forward.last_step(0, 0) == 0);
+  CHECK(forward.contraction(1, 1) == 0);
+  CHECK(project_iterated(q, k, iteration, options, Epanechnikov{}, lift) == forward.out);
+  M out(3, 4), points(9, 4), projections(9, 4), log_sum_exp(9, 2);
+  project_iterated_forward_into(q, k, out, points, projections, log_sum_exp,
+                                Workspace(iterated_workspace_size(Pass::forward, q, k, options)),
+                                iteration, options, Epanechnikov{}, lift);
+  CHECK(out == forward.out);
+  const auto of =
+      project_iterated_backward(q, k, iteration, forward, g, options, Epanechnikov{}, lift);
+  CHECK(of.queries.row(0).head(2).isZero(0));
+  CHECK(of.queries.row(1).tail(2).isZero(0));
+  const auto loss = [&](const M& keys) {
+    return project_iterated(q, keys, iteration, options, Epanechnikov{}, lift)
+        .cwiseProduct(g)
+        .sum();
+  };
+  check_by_differences("keys", loss, k, of.keys);
+}
+
 TEST_CASE("project_iterated_into allocates nothing and may write over the queries") {
   std::mt19937_64 random = seeded_random();
   const Matrix<float> q = random_matrix<float>(40, 6, random),
@@ -205,6 +244,13 @@ TEST_CASE("project_iterated names what is wrong before it writes") {
       project_iterated_into(q, k, out, Workspace(1 << 22), {.steps = 1}, {}, KeyLengths{9}),
       contains_text("KeyLengths"));
   CHECK((out.array() == -7).all());
+  const SurfaceOptions both{.scale = 1.0, .bandwidth = 1.0};
+  for (const Index steps : {0, 1}) {
+    CHECK_THROWS_WITH(project_iterated_forward(q, k, {.steps = steps}, both),
+                      contains_text("surfattn::project_iterated_forward: "));
+    CHECK_THROWS_WITH(project_iterated_forward(q, k, {.steps = steps}, {}, KeyLengths{9}),
+                      contains_text("KeyLengths"));
+  }
   const auto forward = project_iterated_forward(q, k, {.steps = 2});
   CHECK_THROWS_WITH(project_iterated_backward(q, k, {.steps = 3}, forward, q),
                     contains_text("forward has 2 steps but must have 3"));

@@ -194,6 +194,9 @@ TEST_CASE("a layer that rotates is its parts, at positions that are counted or g
   const LayerOptions given{.x_positions = times_of_x, .y_positions = times_of_y};
   CHECK(difference(layer_forward(x, y, w, given).out,
                    expected(times_of_x, times_of_y, values, {.heads = w.heads})) <= 1e-12);
+  const Eigen::VectorXd vector = Eigen::VectorXd::Map(times_of_x.data(), 12);
+  CHECK(layer_forward(x, y, w, {.x_positions = vector, .y_positions = times_of_y}).out ==
+        layer_forward(x, y, w, given).out);
   // counted anew in each sequence
   const std::vector<int> offsets{0, 5, 5, 12};
   const std::vector<float> counted{0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6};
@@ -302,7 +305,8 @@ TEST_CASE("layers and blocks name what is wrong") {
   CHECK_THROWS_WITH(layer_forward(x, x, shared),
                     contains_text("weights.value is 6×4 but must be 0×0"));
   normed.key_norm_weights.gain = Row::Ones(5);
-  CHECK_THROWS_WITH(layer_forward(x, x, normed), contains_text("weights.gain is 1×5"));
+  CHECK_THROWS_WITH(layer_forward(x, x, normed),
+                    contains_text("weights.key_norm_weights.gain is 1×5 but must be 1×"));
   CHECK_THROWS_WITH(layer_forward(x, x, w, {.sequences = Sequences::equal(3)}),
                     contains_text("do not divide into 3 equal sequences"));
   const std::vector<int> places{0, 1, 2, 3}, few{0, 1};

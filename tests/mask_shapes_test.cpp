@@ -158,6 +158,8 @@ TEST_CASE("masks that do not fit are named", "[patterns][errors]") {
   CHECK_THAT(
       message_of({}, Documents(three)),
       contains_text("Documents must have one query id for each of the 6 queries, but it has 3"));
+  const Eigen::VectorXi eigen = Eigen::VectorXi::Zero(3);
+  CHECK(message_of({}, Documents(eigen)) == message_of({}, Documents(three)));
   const std::vector<int> six(6);
   CHECK_THAT(message_of({}, Documents(six)),
              contains_text("one key id for each of the 10 keys, but it has 6"));

@@ -234,6 +234,9 @@ TEST_CASE("Offsets of any width, shared or not, and equal lengths say the same",
   check_whole(run(p, narrow, nullptr), expected);
   check_whole(run(p, {narrow, wide}, nullptr), expected);
   check_whole(run(p, std::span<const Index>(offsets), nullptr), expected);
+  const Eigen::VectorXi vector{{0, 8, 16, 24}};
+  const Eigen::RowVector<Index, 4> row(0, 8, 16, 24);
+  check_whole(run(p, {vector, row}, nullptr), expected);
 }
 
 TEST_CASE("Equal lengths may differ between queries and keys", "[sequences]") {

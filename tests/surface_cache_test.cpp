@@ -237,8 +237,15 @@ TEST_CASE("A cache is moved or forked, never copied by accident", "[cache]") {
   CHECK(from.is_empty());  // NOLINT: what was moved from is empty
   CHECK(from.capacity() == 0);
   CHECK(from.keys().rows() == 0);
+  CHECK(from.appended() == 0);
+  CHECK(to.appended() == 2);
   from.append(Matrix<float>::Random(1, 2));
   CHECK(from.size() == 1);
+  CHECK(from.appended() == 1);
+  empty.append(Matrix<float>::Random(1, 2));
+  from = std::move(empty);
+  CHECK(from.appended() == 1);
+  CHECK(empty.appended() == 0);  // NOLINT
 }
 
 TEST_CASE("Kernels of the distance act on a surface whose prior is uniform", "[cache]") {
@@ -497,6 +504,8 @@ TEST_CASE("Mistakes are named, and change nothing", "[cache]") {
     CHECK_THROWS_WITH(call(), "surfattn::Surface" + sentence);
   };
   says([] { Surface<float>(4, {.window = 0}); }, ": window must be at least 1, but is 0");
+  says([] { Surface<float>(4, {.window = Index(1) << 60}); },
+       ": window must be between 0 and 2⁴⁰, but is 1152921504606846976");
   says([] { Surface<float>(4, {.capacity = -1}); },
        ": capacity must be between 0 and 2⁴⁰, but is -1");
   says([] { Surface<float>(4, {.bandwidth = -0.5}); },

@@ -50,9 +50,18 @@ Index output_width(const SurfaceWeights<Scalar>& weights) {
   return weights.readout.cols();
 }
 
+/// Checks what the block adds to its layer.
 template <class X, class Layer>
-void require_residual(const Require& require, const X& x, const BlockWeights<Layer>& weights) {
+void require_block(const Require& require, const X& x, const BlockWeights<Layer>& weights) {
   const Index width = output_width(weights.layer);
+  if (weights.pre_norm != Norm::none) {
+    require_norm(require, "weights.pre_norm_weights", weights.pre_norm_weights,
+                 weights.norm_epsilon, 1, "x", extent(x));
+  }
+  if (weights.post_norm != Norm::none) {
+    require_norm(require, "weights.post_norm_weights", weights.post_norm_weights,
+                 weights.norm_epsilon, 1, "the layer's output", {x.rows(), width});
+  }
   if (!weights.residual || x.cols() == width) return;
   require.fail("x is " + words(extent(x)) + " but must be as wide as the layer's output, " +
                std::to_string(width) + ", to be added to it");
@@ -64,7 +73,7 @@ template <class X, class Layer, class Run>
 auto around(const Require& require, const X& x, const BlockWeights<Layer>& weights,
             const Run& run) {
   using Scalar = typename BlockWeights<Layer>::Scalar;
-  require_residual(require, x, weights);
+  require_block(require, x, weights);
   const NormOptions norm{.epsilon = weights.norm_epsilon};
   Matrix<Scalar> normed = normalize(weights.pre_norm, x, weights.pre_norm_weights, norm);
   auto layer = run(normed);
@@ -96,7 +105,7 @@ void run_block_backward(const X& x, const Y* y, const BlockWeights<Layer>& weigh
   using Scalar = typename BlockWeights<Layer>::Scalar;
   check_inputs_at_compile_time<X, Y, Matrix<Scalar>>();
   constexpr Require require("block_backward");
-  require_residual(require, x, weights);
+  require_block(require, x, weights);
   require.shape("grad_out", extent(grad_out), {x.rows(), output_width(weights.layer)},
                 "the shape of the block's output");
   require.shape("forward.normed", extent(forward.normed), extent(x), "the shape of x");
@@ -145,7 +154,8 @@ auto block_backward(const X& x, const Y* y, const BlockWeights<Layer>& weights,
 
 /// A block of self-attention, for x: T × D: post_norm(x + layer(pre_norm(x), pre_norm(x))), each part
 /// as far as the weights name it. Allocates what layer_forward does and three matrices of x's shape.
-/// Errors as for layer_forward; an x to be added to an output of another width.
+/// Errors as for layer_forward; weights of norms of another size than x or the output; an x to be added to
+/// an output of another width.
 template <class X, class Layer, class... Terms>
 auto block_forward(const X& x, const BlockWeights<Layer>& weights, const LayerOptions& options = {},
                    const Terms&... terms) {

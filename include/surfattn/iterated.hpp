@@ -54,11 +54,26 @@ inline void check_iteration(const Iteration& iteration, const Require& require) 
   require.positive("step_size", iteration.step_size);
 }
 
-/// Whether a query of a head saw a key; where it did not, all its points are 0 from the first step
-/// on, and no gradient passes.
+/// Whether a query of a head saw a key; where it did not, all its points are 0 from that step on, and
+/// no gradient passes.
 template <class Scalar>
 bool sees_a_key(MatrixView<const Scalar> log_sum_exp, Index query, Index head) {
   return log_sum_exp(query, head) != simd::minus_infinity<Scalar>;
+}
+
+/// A query that saw no key in the step before sees none in this one, though the 0 that it has become may
+/// lie within the reach of a kernel: P = 0, log-sum-exp −∞.
+template <class Scalar>
+void keep_unseen(MatrixView<const Scalar> log_sum_exp_before, MatrixView<Scalar> projection,
+                 MatrixView<Scalar> log_sum_exp) {
+  const Index width = log_sum_exp.cols > 0 ? projection.cols / log_sum_exp.cols : 0;
+  for (Index i = 0; i < projection.rows; ++i) {
+    for (Index head = 0; head < log_sum_exp.cols; ++head) {
+      if (sees_a_key(log_sum_exp_before, i, head)) continue;
+      log_sum_exp(i, head) = simd::minus_infinity<Scalar>;
+      for (Index c = head * width; c < (head + 1) * width; ++c) projection(i, c) = Scalar(0);
+    }
+  }
 }
 
 /// point ← point + η·(projection − point), head by head.
@@ -203,7 +218,9 @@ void iterated_backward(const Keys& keys, const Iteration& iteration, const Shape
       Scalar grad_bandwidth(0);
       for (Index i = 0; i < inner.upstream.rows(); ++i) {
         for (Index c = 0; c < inner.upstream.cols(); ++c)
-          inner.upstream(i, c) = step_size * outputs.queries(i, c);
+          inner.upstream(i, c) = log_sum_exp(i, c / shape.head_dim) == simd::minus_infinity<Scalar>
+                                     ? Scalar(0)
+                                     : step_size * outputs.queries(i, c);
       }
       project_backward_into(point, keys, projection, log_sum_exp, inner.upstream, inner.queries,
                             inner.keys, grad_bandwidth, inner.log_prior, rest, options, terms...);
@@ -213,12 +230,12 @@ void iterated_backward(const Keys& keys, const Iteration& iteration, const Shape
   }
 }
 
-/// Bytes for P(q_t) and its log-sum-exp, before the workspace of the projection itself.
+/// Bytes for P(q_t), its log-sum-exp and that of the step before, ahead of the projection's own workspace.
 template <class Scalar>
 std::size_t iterated_bytes(const Shape& shape) {
   Arena counter;
   counter.take<Scalar>(shape.queries * shape.query_heads * shape.head_dim);
-  counter.take<Scalar>(shape.queries * shape.query_heads);
+  for (int step = 0; step < 2; ++step) counter.take<Scalar>(shape.queries * shape.query_heads);
   return counter.used() + Arena::alignment;
 }
 
@@ -276,9 +293,11 @@ void project_iterated_into(const Queries& queries, const Keys& keys, Out&& out,
   const Index cols = shape.query_heads * shape.head_dim;
   const detail::MatrixView<Scalar> projection{arena.take<Scalar>(shape.queries * cols),
                                               shape.queries, cols, cols, 1};
-  const detail::MatrixView<Scalar> log_sum_exp{
-      arena.take<Scalar>(shape.queries * shape.query_heads), shape.queries, shape.query_heads,
-      shape.query_heads, 1};
+  const auto take_sums = [&] {
+    return detail::MatrixView<Scalar>{arena.take<Scalar>(shape.queries * shape.query_heads),
+                                      shape.queries, shape.query_heads, shape.query_heads, 1};
+  };
+  const detail::MatrixView<Scalar> sums_of_steps[] = {take_sums(), take_sums()};
   const detail::MatrixView<Scalar> points = detail::view(out);
   if (points.data != operands.queries.data) {
     for (Index i = 0; i < points.rows; ++i) {
@@ -288,8 +307,11 @@ void project_iterated_into(const Queries& queries, const Keys& keys, Out&& out,
   operands.queries = points;
   const Workspace inner(workspace.data() + own, workspace.size() - own);
   for (Index step = 0; step < iteration.steps; ++step) {
+    const auto& log_sum_exp = sums_of_steps[step % 2];
     detail::run_forward<Scalar>(operands, {projection, log_sum_exp}, inner, options.executor,
                                 require, terms...);
+    if (step > 0)
+      detail::keep_unseen<Scalar>(sums_of_steps[(step - 1) % 2], projection, log_sum_exp);
     detail::take_step<Scalar>(projection, log_sum_exp, static_cast<Scalar>(iteration.step_size),
                               points);
   }
@@ -309,15 +331,20 @@ auto project_iterated_forward(const Queries& queries, const Keys& keys, const It
   detail::refuse_16_bits_at_compile_time<Scalar>();
   constexpr detail::Require require("project_iterated_forward");
   detail::check_iteration(iteration, require);
-  require.shapes(detail::extent(queries), detail::extent(keys), detail::extent(keys), options.heads,
-                 options.sequences);
   IteratedForward<Scalar> forward;
   forward.out = queries;
   const auto& k = detail::stored(keys);
+  detail::term_binder(detail::surface_operands(forward.out, k, options, require), require,
+                      terms...);
   for (Index step = 0; step < iteration.steps; ++step) {
     forward.points.push_back(forward.out);
     forward.projections.push_back(project_forward(forward.out, k, options, terms...));
-    const Forward<Scalar>& projection = forward.projections.back();
+    Forward<Scalar>& projection = forward.projections.back();
+    if (step > 0) {
+      const Forward<Scalar>& before = forward.projections[static_cast<std::size_t>(step - 1)];
+      detail::keep_unseen<Scalar>(detail::view(before.log_sum_exp), detail::view(projection.out),
+                                  detail::view(projection.log_sum_exp));
+    }
     detail::take_step<Scalar>(detail::view(projection.out), detail::view(projection.log_sum_exp),
                               static_cast<Scalar>(iteration.step_size), detail::view(forward.out));
   }
@@ -353,13 +380,19 @@ void project_iterated_forward_into(const Queries& queries, const Keys& keys, Out
   detail::term_binder(operands, require, terms...);
   out = q;
   for (Index step = 0; step < iteration.steps; ++step) {
-    const auto rows = [&](auto& all) {
-      return all.middleRows(step * shape.queries, shape.queries);
+    const auto rows = [&](auto& all, Index at) {
+      return all.middleRows(at * shape.queries, shape.queries);
     };
-    auto point = rows(points);
-    auto projection = rows(projections), sums = rows(log_sum_exp);
+    auto point = rows(points, step);
+    auto projection = rows(projections, step);
+    auto sums = rows(log_sum_exp, step);
     point = out;
     project_forward_into(point, k, projection, sums, workspace, options, terms...);
+    if (step > 0) {
+      const auto before = rows(log_sum_exp, step - 1);
+      detail::keep_unseen<Scalar>(detail::view(before), detail::view(projection),
+                                  detail::view(sums));
+    }
     detail::take_step<Scalar>(detail::view(projection), detail::view(sums),
                               static_cast<Scalar>(iteration.step_size), detail::view(out));
   }

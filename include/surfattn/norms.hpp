@@ -8,6 +8,7 @@
 #include <string>
 #include <surfattn/detail/require.hpp>
 #include <surfattn/types.hpp>
+#include <utility>
 
 /// Every norm here has one form. For a block x of n columns (a whole row, or a head's part of it):
 ///
@@ -100,12 +101,22 @@ struct NormProblem {
   }
 };
 
-inline void require_norm_weight(const Require& require, const char* name, Index size, Extent x,
-                                Index heads) {
-  if (size == 0 || size == x.cols || size == x.cols / heads) return;
-  require.fail(std::string(name) + " is 1×" + std::to_string(size) + " but must be 1×" +
-               std::to_string(x.cols) + (heads > 1 ? ", 1×" + std::to_string(x.cols / heads) : "") +
-               ", or empty for none, because x is " + words(x));
+/// Checks the weights and the ε of a norm: `name` is where the caller put the weights, and `because` the
+/// matrix that gives the normalised rows their width, of so many heads.
+template <class Scalar>
+void require_norm(const Require& require, const std::string& name,
+                  const NormWeights<Scalar>& weights, std::optional<double> epsilon, Index heads,
+                  const char* because, Extent matrix) {
+  if (!(epsilon.value_or(0) >= 0 && std::isfinite(epsilon.value_or(0))))
+    require.fail("epsilon must be finite and not negative, but is " + words(*epsilon));
+  const Index cols = matrix.cols;
+  for (const auto& [part, size] :
+       {std::pair{".gain", weights.gain.size()}, std::pair{".bias", weights.bias.size()}}) {
+    if (size == 0 || size == cols || size == cols / heads) continue;
+    require.fail(name + part + " is 1×" + std::to_string(size) + " but must be 1×" +
+                 std::to_string(cols) + (heads > 1 ? ", 1×" + std::to_string(cols / heads) : "") +
+                 ", or empty for none, because " + because + " is " + words(matrix));
+  }
 }
 
 template <Norm kind, class Scalar>
@@ -116,11 +127,8 @@ NormProblem<Scalar> norm_problem(Extent x, const NormWeights<Scalar>& weights,
     require.fail("x is " + words(x) + ", and its columns do not divide into " +
                  std::to_string(options.heads) + " heads");
   }
+  require_norm(require, "weights", weights, options.epsilon, options.heads, "x", x);
   const double epsilon = options.epsilon.value_or(kind == Norm::l2 ? 1e-12 : 1e-5);
-  if (!(epsilon >= 0 && std::isfinite(epsilon)))
-    require.fail("epsilon must be finite and not negative, but is " + words(epsilon));
-  require_norm_weight(require, "weights.gain", weights.gain.size(), x, options.heads);
-  require_norm_weight(require, "weights.bias", weights.bias.size(), x, options.heads);
   return {x.rows,        x.cols,       options.heads, static_cast<Scalar>(epsilon),
           &weights.gain, &weights.bias};
 }

@@ -46,7 +46,7 @@ concept PositionRange = std::ranges::random_access_range<const Positions> &&
 
 /// Such numbers side by side in memory, of the types that a view can hold.
 template <class Range>
-concept StoredPositions = PositionRange<Range> && std::ranges::contiguous_range<const Range> &&
+concept StoredPositions = PositionRange<Range> && NumbersInMemory<Range> &&
     (std::is_same_v<std::ranges::range_value_t<const Range>, float> ||
      std::is_same_v<std::ranges::range_value_t<const Range>, double> || OffsetRange<const Range>);
 

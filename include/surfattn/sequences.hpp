@@ -12,10 +12,20 @@
 namespace surfattn {
 namespace detail {
 
-/// Numbers side by side in memory that outlive the call: a vector, an array or a span.
+/// A vector of Eigen whose numbers lie side by side. (Its iterators do not say so.)
 template <class T>
-concept OffsetRange = std::ranges::contiguous_range<const std::remove_reference_t<T>> &&
-    std::ranges::sized_range<const std::remove_reference_t<T>> &&
+concept ContiguousVector = requires(const T& vector) {
+  vector.data();
+  requires(bool(T::IsVectorAtCompileTime) && T::InnerStrideAtCompileTime == 1);
+};
+
+/// Numbers side by side in memory that outlive the call: a vector, of Eigen as well, an array or a span.
+template <class T>
+concept NumbersInMemory = std::ranges::sized_range<const T> &&
+    (std::ranges::contiguous_range<const T> || ContiguousVector<T>);
+
+template <class T>
+concept OffsetRange = NumbersInMemory<std::remove_reference_t<T>> &&
     std::is_integral_v<std::ranges::range_value_t<const std::remove_reference_t<T>>> &&
     std::is_signed_v<std::ranges::range_value_t<const std::remove_reference_t<T>>> &&
     (sizeof(std::ranges::range_value_t<const std::remove_reference_t<T>>) == 4 ||
@@ -92,8 +102,8 @@ class IntegerView {
 /// n sequences are named by n + 1 offsets, as is usual for packed batches of variable length:
 /// sequence s owns the rows from offsets[s] up to but not including offsets[s + 1], so that the
 /// first offset is 0, the last one the number of rows, and an empty sequence repeats an offset.
-/// Offsets are any contiguous range of signed 32- or 64-bit integers, the same for queries and
-/// keys or one for each. A view: they must outlive the call.
+/// Offsets are any contiguous range of signed 32- or 64-bit integers, a vector of Eigen too, the same for
+/// queries and keys or one for each. A view: they must outlive the call.
 ///
 ///     attention(q, k, v, {.sequences = offsets});                    // self-attention
 ///     attention(q, k, v, {.sequences = {query_offsets, key_offsets}});

@@ -63,10 +63,11 @@ struct CacheShape {
 };
 
 /// So many keys that the bytes of no cache overflow.
-inline void require_capacity(const Require& require, Index capacity) {
+inline void require_capacity(const Require& require, const char* name, Index capacity) {
   constexpr Index most = Index(1) << 40;
   if (0 <= capacity && capacity <= most) return;
-  require.fail("capacity must be between 0 and 2⁴⁰, but is " + std::to_string(capacity));
+  require.fail(std::string(name) + " must be between 0 and 2⁴⁰, but is " +
+               std::to_string(capacity));
 }
 
 /// What a saved cache begins with: it cannot be read by another format, byte order or scalar.
@@ -93,7 +94,8 @@ inline void require_cache_sizes(const Require& require, Index key_width, Index v
   }
   if (window && *window < 1)
     require.fail("window must be at least 1, but is " + std::to_string(*window));
-  require_capacity(require, capacity);
+  require_capacity(require, "window", window.value_or(0));
+  require_capacity(require, "capacity", capacity);
   // A call of no queries and no keys, for its checks of heads and widths.
   const Index query_width = key_width / key_value_heads * std::max<Index>(heads.query, 0);
   require.shapes({0, query_width}, {0, key_width}, {0, value_width}, heads, {});
@@ -227,6 +229,17 @@ class Surface {
                                                      options),
                 options.capacity) {}
 
+  Surface(Surface&& other) noexcept
+      : shape_(other.shape_),
+        store_(std::move(other.store_)),
+        history_(std::exchange(other.history_, {})) {}
+  Surface& operator=(Surface&& other) noexcept {
+    shape_ = other.shape_;
+    store_ = std::move(other.store_);
+    history_ = std::exchange(other.history_, {});
+    return *this;
+  }
+
   /// The number of keys held.
   Index size() const { return store_.size(); }
   bool is_empty() const { return size() == 0; }
@@ -315,8 +328,8 @@ class Surface {
     store_.drop_front(count);
   }
 
-  /// Takes back the `count` newest keys, as if they had not been appended. Time O(1). Errors: more
-  /// than there are.
+  /// Takes back the `count` newest keys, as if they had not been appended; but what a window dropped for
+  /// them does not come back: a fork taken before has it. Time O(1). Errors: more than there are.
   void drop_back(Index count) {
     require_held(detail::Require("Surface::drop_back"), count);
     store_.drop_back(count);
@@ -335,7 +348,7 @@ class Surface {
   /// round: O(its rows). `capacity`: keys beyond the present ones for which memory is taken at once;
   /// for a fork that is to grow, as many as it may grow by.
   Surface fork(Index capacity = 0) const {
-    detail::require_capacity(detail::Require("Surface::fork"), capacity);
+    detail::require_capacity(detail::Require("Surface::fork"), "capacity", capacity);
     Surface fork(shape_, store_.fork(capacity));
     fork.history_ = history_;
     return fork;
@@ -362,7 +375,7 @@ class Surface {
   /// stream that ends too early, is damaged, or holds something else.
   static Surface restore(std::istream& stream, Index capacity = 0) {
     constexpr detail::Require require("Surface::restore");
-    detail::require_capacity(require, capacity);
+    detail::require_capacity(require, "capacity", capacity);
     detail::CheckedReader from(stream, require);
     Index size = 0;
     detail::CacheHistory history;

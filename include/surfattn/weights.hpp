@@ -107,6 +107,14 @@ Shape layer_shape(const StandardWeights<Scalar>& weights, const Require& require
                weights.k_equals_v ? 0 : weights.value.cols());
   require_bias(require, "weights.output_bias", weights.output_bias.size(), weights.output.cols());
   require.finite("weights.scale", weights.scale);
+  if (weights.query_norm != Norm::none) {
+    require_norm(require, "weights.query_norm_weights", weights.query_norm_weights,
+                 weights.norm_epsilon, shape.query_heads, "weights.query", extent(weights.query));
+  }
+  if (weights.key_norm != Norm::none) {
+    require_norm(require, "weights.key_norm_weights", weights.key_norm_weights,
+                 weights.norm_epsilon, shape.key_value_heads, "weights.key", extent(weights.key));
+  }
   if (weights.rotary) {
     rotary_width(require, extent(weights.query), weights.query.rows(),
                  rotary_options(weights, shape.query_heads));

@@ -164,15 +164,17 @@ accumulator_t<Scalar> offset_beside_scores(const Operands<Scalar>& operands, Ind
 
 /// log Σ_j exp S_ij of the scores that a pass forms again, in units of ln 2, for `count` queries from
 /// `first` on, where `log_sum_exp` is what the forward pass wrote: in place of the offsets beside the
-/// scores. A row that saw no key has −∞ there; any finite number in its place gives it weights exp(−∞)
-/// = 0.
+/// scores. A row that saw no key has −∞ there; a number far beyond all scores in its place gives it weights
+/// 0, whatever its scores are.
 template <class Accumulator>
 void finish_log_sum_exp(MatrixView<const Accumulator> log_sum_exp, Index head, Index first,
                         Index count, Accumulator* offsets) {
+  constexpr Accumulator beyond_all_scores = std::numeric_limits<Accumulator>::max() / 4;
   for (Index i = 0; i < count; ++i) {
     const Accumulator written = log_sum_exp(first + i, head);
     const bool sees_a_key = written != simd::minus_infinity<Accumulator>;
-    offsets[i] = sees_a_key ? (written - offsets[i]) * simd::log2_e<Accumulator> : Accumulator(0);
+    offsets[i] =
+        sees_a_key ? (written - offsets[i]) * simd::log2_e<Accumulator> : beyond_all_scores;
   }
 }
 

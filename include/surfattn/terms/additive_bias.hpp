@@ -23,7 +23,9 @@ namespace surfattn {
 /// they have as many keys, it has a row for each query of the whole batch, packed as the queries are.
 ///
 /// A bias of −∞ hides the pair as a mask does, by selection: nothing behind it reaches a result, its
-/// gradient is 0, and tiles that it leaves empty are skipped. A NaN, or +∞, gives NaN to the whole
+/// gradient is 0, and tiles that it leaves empty are skipped. (Scores are held in units of ln 2, where what
+/// is below −2.35·10³⁸ in float is −∞ too: in rows of nothing else but the lowest float all weights are 0,
+/// not equal.) A NaN, or +∞, gives NaN to the whole
 /// row. The gradient is a matrix of the bias's shape; of 16-bit numbers it is summed over heads in
 /// that type. Time O(1) for each pair.
 template <class Element>

@@ -54,7 +54,7 @@ class MaskFunction {
  private:
   static_assert(takes_pairs != takes_heads,
                 "surfattn: the function of a MaskFunction must take (query, key) or (head, query, "
-                "key) and return whether the query sees the key");
+                "key), without being mutable, and return whether the query sees the key");
   static_assert(!answers_for_tiles ||
                     std::is_invocable_r_v<Coverage, const TileCoverage&, const Tile&>,
                 "surfattn: the second function of a MaskFunction must take a Tile and return its "
