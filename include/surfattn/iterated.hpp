@@ -218,9 +218,7 @@ void iterated_backward(const Keys& keys, const Iteration& iteration, const Shape
       Scalar grad_bandwidth(0);
       for (Index i = 0; i < inner.upstream.rows(); ++i) {
         for (Index c = 0; c < inner.upstream.cols(); ++c)
-          inner.upstream(i, c) = log_sum_exp(i, c / shape.head_dim) == simd::minus_infinity<Scalar>
-                                     ? Scalar(0)
-                                     : step_size * outputs.queries(i, c);
+          inner.upstream(i, c) = step_size * outputs.queries(i, c);
       }
       project_backward_into(point, keys, projection, log_sum_exp, inner.upstream, inner.queries,
                             inner.keys, grad_bandwidth, inner.log_prior, rest, options, terms...);
