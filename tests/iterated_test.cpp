@@ -135,14 +135,19 @@ TEST_CASE(
   q.row(1).tail(2).setConstant(-10);
   const SurfaceOptions options{.heads = {.query = 2}, .bandwidth = 2.0};
   const Iteration iteration{.steps = 3, .step_size = 0.7};
-  // exp(800) is not finite: no weight may be formed without the log-sum-exp
+  // weights formed without a log-sum-exp would be exp(100) and not pass for 0
   const Modifier lift{[](auto score, Position) {
-    return ValueAndDerivative{score + decltype(score)(800), decltype(score)(1)};
+    return ValueAndDerivative{score + decltype(score)(100), decltype(score)(1)};
   }};
   const auto forward = project_iterated_forward(q, k, iteration, options, Epanechnikov{}, lift);
   CHECK(forward.out.row(0).head(2).isZero(0));
   CHECK(forward.out.row(1).tail(2).isZero(0));
   CHECK((forward.out.row(2).array() != 0).all());
+  for (const auto& projection : forward.projections) {
+    CHECK(projection.out.row(0).head(2).isZero(0));
+    CHECK(projection.log_sum_exp(0, 0) == -std::numeric_limits<double>::infinity());
+    CHECK(std::isfinite(projection.log_sum_exp(0, 1)));
+  }
   CHECK(forward.last_step(0, 0) == 0);
   CHECK(forward.contraction(1, 1) == 0);
   CHECK(project_iterated(q, k, iteration, options, Epanechnikov{}, lift) == forward.out);
