@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <limits>
 #include <surfattn/detail/operands.hpp>
 #include <surfattn/detail/simd/packing.hpp>
 #include <surfattn/detail/simd/row_operations.hpp>

@@ -25,9 +25,8 @@ namespace surfattn {
 /// A bias of −∞ hides the pair as a mask does, by selection: nothing behind it reaches a result, its
 /// gradient is 0, and tiles that it leaves empty are skipped. (Scores are held in units of ln 2, where what
 /// is below −2.35·10³⁸ in float is −∞ too: in rows of nothing else but the lowest float all weights are 0,
-/// not equal.) A NaN, or +∞, gives NaN to the whole
-/// row. The gradient is a matrix of the bias's shape; of 16-bit numbers it is summed over heads in
-/// that type. Time O(1) for each pair.
+/// not equal.) A NaN, or +∞, gives NaN to the whole row. The gradient is a matrix of the bias's shape; of
+/// 16-bit numbers it is summed over heads in that type. Time O(1) for each pair.
 template <class Element>
 class AdditiveBias : public detail::TrainableTerm<AdditiveBias<Element>, Element> {
   using Base = detail::TrainableTerm<AdditiveBias<Element>, Element>;
