@@ -104,16 +104,15 @@ struct NormProblem {
 /// Checks the weights and the ε of a norm: `name` is where the caller put the weights, and `because` the
 /// matrix that gives the normalised rows their width, of so many heads.
 template <class Scalar>
-void require_norm(const Require& require, const std::string& name,
-                  const NormWeights<Scalar>& weights, std::optional<double> epsilon, Index heads,
-                  const char* because, Extent matrix) {
-  if (!(epsilon.value_or(0) >= 0 && std::isfinite(epsilon.value_or(0))))
+void require_norm(const Require& require, const char* name, const NormWeights<Scalar>& weights,
+                  std::optional<double> epsilon, Index heads, const char* because, Extent matrix) {
+  if (epsilon && !(*epsilon >= 0 && std::isfinite(*epsilon)))
     require.fail("epsilon must be finite and not negative, but is " + words(*epsilon));
   const Index cols = matrix.cols;
   for (const auto& [part, size] :
        {std::pair{".gain", weights.gain.size()}, std::pair{".bias", weights.bias.size()}}) {
     if (size == 0 || size == cols || size == cols / heads) continue;
-    require.fail(name + part + " is 1×" + std::to_string(size) + " but must be 1×" +
+    require.fail(std::string(name) + part + " is 1×" + std::to_string(size) + " but must be 1×" +
                  std::to_string(cols) + (heads > 1 ? ", 1×" + std::to_string(cols / heads) : "") +
                  ", or empty for none, because " + because + " is " + words(matrix));
   }

@@ -12,7 +12,7 @@
 namespace surfattn {
 namespace detail {
 
-/// A vector of Eigen whose numbers lie side by side. (Its iterators do not say so.)
+/// A vector of Eigen, matrix or array, whose numbers lie side by side. (Its iterators do not say so.)
 template <class T>
 concept ContiguousVector = requires(const T& vector) {
   vector.data();
@@ -24,6 +24,7 @@ template <class T>
 concept NumbersInMemory = std::ranges::sized_range<const T> &&
     (std::ranges::contiguous_range<const T> || ContiguousVector<T>);
 
+/// Such numbers that are signed integers of 32 or 64 bits.
 template <class T>
 concept OffsetRange = NumbersInMemory<std::remove_reference_t<T>> &&
     std::is_integral_v<std::ranges::range_value_t<const std::remove_reference_t<T>>> &&
