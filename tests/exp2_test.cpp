@@ -149,3 +149,19 @@ TEMPLATE_TEST_CASE("a row of powers of two and its sum, beyond the limit of orig
     }
   }
 }
+
+TEMPLATE_TEST_CASE("the exponent of a number is split from it as std::frexp does", "", float,
+                   double, long double) {
+  using Limits = std::numeric_limits<TestType>;
+  for (const TestType x :
+       {TestType(1), TestType(0.5), TestType(0.75), 1 - Limits::epsilon(), TestType(1e-30),
+        TestType(3e20), Limits::min(), Limits::max(), Limits::denorm_min(), Limits::min() / 4}) {
+    int exponent;
+    const TestType fraction = std::frexp(x, &exponent);
+    const auto split = simd::split_exponent(x);
+    CHECK(split.fraction == fraction);
+    CHECK(split.exponent == static_cast<TestType>(exponent));
+  }
+  CHECK(simd::split_exponent(Limits::infinity()).fraction == Limits::infinity());
+  CHECK(std::isnan(simd::split_exponent(Limits::quiet_NaN()).fraction));
+}

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <limits>
 #include <surfattn/detail/simd/packing.hpp>
+#include <surfattn/detail/simd/weight_products.hpp>
 #include <utility>
 #include <vector>
 
@@ -68,6 +69,65 @@ TEMPLATE_TEST_CASE("tile products are those of plain loops", "", float, double) 
         Scalar* const packed = arena.take<Scalar>(simd::packed_left_size<Scalar>(rows, depth));
         simd::pack_left(view(a), Scalar(1), packed);
         check_products<Scalar>(a, b, simd::packed_left(packed, depth, 0, rows), random);
+      }
+    }
+  }
+}
+
+namespace {
+
+/// Few small scores, whose powers of two and the sums of these are exact, however deep the product is.
+template <class Scalar>
+Matrix<Scalar> rows_of_small_products(Index rows, Index depth, std::mt19937_64& random) {
+  Matrix<Scalar> matrix = Matrix<Scalar>::Zero(rows, depth);
+  for (Index i = 0; i < rows; ++i) {
+    for (Index k = 0; k < 2; ++k) matrix(i, k) = Scalar(Index(random() % 5) - 2);
+  }
+  return matrix;
+}
+
+template <class Scalar>
+void check_weights(const Matrix<Scalar>& a, const Matrix<Scalar>& b) {
+  const Index rows = a.rows(), cols = b.rows(), depth = a.cols(),
+              width = simd::padded<Scalar>(cols);
+  const Workspace workspace(1 << 20);
+  Arena arena(workspace);
+  Scalar* const left = arena.take<Scalar>(simd::packed_left_size<Scalar>(rows, depth));
+  Scalar* const right = arena.take<Scalar>(width * depth);
+  Scalar* const bias = arena.take<Scalar>(width);
+  Scalar* const weights = arena.take<Scalar>(rows * width);
+  auto* const weighed = arena.take<simd::WeighedRow<Scalar>>(rows);
+  simd::pack_left(view(a), Scalar(1), left);
+  simd::pack_transposed(view(b), right);
+  for (Index j = 0; j < width; ++j) bias[j] = Scalar(j % 3);
+  for (Index i = 0; i < rows; ++i) weighed[i].start(Scalar(i % 4));
+  simd::set_weights<Scalar>(rows, cols, depth, simd::packed_left(left, depth, 0, rows),
+                            {right, depth * simd::panel_width<Scalar>}, {weights, width}, {bias},
+                            weighed, weights, 64);
+  Matrix<Scalar> expected = surfattn::test::times(a, Matrix<Scalar>(b.transpose()));
+  for (Index i = 0; i < rows; ++i) {
+    for (Index j = 0; j < cols; ++j)
+      expected(i, j) = std::exp2(expected(i, j) + Scalar(j % 3) - Scalar(i % 4));
+  }
+  const Eigen::Map<const Matrix<Scalar>> result(weights, rows, width);
+  CHECK(result.leftCols(cols) == expected);
+  CHECK(result.rightCols(width - cols).isZero(0));
+  for (Index i = 0; i < rows; ++i) CHECK(weighed[i].sum() == expected.row(i).sum());
+}
+
+}  // namespace
+
+TEMPLATE_TEST_CASE("products become powers of two and their sums", "", float, double) {
+  if constexpr (simd::makes_weights<TestType>) {
+    auto random = surfattn::test::seeded_random();
+    const Index panel = simd::panel_width<TestType>, kernel = simd::kernel_rows;
+    for (const Index rows : {kernel, 5 * kernel}) {
+      for (const Index cols : {Index(1), panel - 1, panel, panel + panel / 2, 3 * panel + 1}) {
+        for (const Index depth : {2, 31, 32, 33, 100}) {
+          INFO(rows << " x " << depth << " by " << depth << " x " << cols);
+          check_weights<TestType>(rows_of_small_products<TestType>(rows, depth, random),
+                                  rows_of_small_products<TestType>(cols, depth, random));
+        }
       }
     }
   }

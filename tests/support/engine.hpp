@@ -17,13 +17,16 @@
   prefix template void simd::squared_norms_by_columns(MatrixView<const Scalar>, Scalar*);     \
   prefix template void simd::product<simd::Store::set>(                                       \
       Index, Index, Index, const simd::ColumnsOperand<Scalar>&, simd::Panels<Scalar>,         \
-      simd::Tile<Scalar>, simd::Finish<Scalar>);                                              \
+      simd::Tile<Scalar>, const simd::Finish<Scalar>&);                                       \
+  prefix template void simd::product<simd::Store::set>(                                       \
+      Index, Index, Index, const simd::ColumnsOperand<Scalar>&, simd::Panels<Scalar>,         \
+      simd::Tile<Scalar>, const simd::WeightFinish<Scalar>&);                                 \
   prefix template void simd::product<simd::Store::add>(                                       \
       Index, Index, Index, const simd::ColumnsOperand<Scalar>&, simd::Panels<Scalar>,         \
-      simd::Tile<Scalar>, simd::Finish<Scalar>);                                              \
+      simd::Tile<Scalar>, const simd::Finish<Scalar>&);                                       \
   prefix template void simd::product<simd::Store::add>(                                       \
       Index, Index, Index, const simd::RowsOperand<Scalar>&, simd::Panels<Scalar>,            \
-      simd::Tile<Scalar>, simd::Finish<Scalar>);                                              \
+      simd::Tile<Scalar>, const simd::Finish<Scalar>&);                                       \
   prefix template void simd::pack_left<Scalar>(MatrixView<const Scalar>, Scalar, Scalar*);    \
   prefix template void simd::pack_rows(MatrixView<const Scalar>, Scalar, Scalar*);            \
   prefix template void simd::pack_transposed(MatrixView<const Scalar>, Scalar*);              \

@@ -75,11 +75,12 @@ struct OnlineSoftmax {
     sum[row] += std::exp2(score - maximum[row]);
   }
 
-  /// ln2·(m + log₂ l); −∞ where no key was seen.
+  /// ln2·(m + log₂ l); −∞ where no key was seen. The exponent of l goes to m, exactly, so that an m above
+  /// the scores costs no digits.
   Accumulator log_sum_exp(Index row) const {
-    return sum[row] == Accumulator(0)
-               ? simd::minus_infinity<Accumulator>
-               : (maximum[row] + std::log2(sum[row])) * simd::ln_2<Accumulator>;
+    if (sum[row] == Accumulator(0)) return simd::minus_infinity<Accumulator>;
+    const auto [fraction, exponent] = simd::split_exponent(sum[row]);
+    return (maximum[row] + exponent + std::log2(fraction)) * simd::ln_2<Accumulator>;
   }
 
   /// 1/l, which turns o into the output; 0 where no key was seen.

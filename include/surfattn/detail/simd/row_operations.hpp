@@ -9,9 +9,6 @@
 
 namespace surfattn::detail::simd {
 
-template <class Scalar>
-inline constexpr Scalar minus_infinity = -std::numeric_limits<Scalar>::infinity();
-
 /// The largest of `count` numbers; those that pad them to whole packets become −∞. Where there is a
 /// NaN, any of them or NaN.
 template <class Scalar>

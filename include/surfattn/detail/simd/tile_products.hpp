@@ -117,15 +117,7 @@ struct Tile {
   Tile from(Index row) const { return {data + row * row_stride, row_stride}; }
 };
 
-/// Asks for what the next kernel will add to.
-template <int Rows, int Packets, class Scalar>
-SURFATTN_ALWAYS_INLINE void prefetch_accumulators(const Tile<Scalar>& c) {
-  for (int i = 0; i < Rows; ++i) {
-    for (Index j = 0; j < Packets * lanes<Scalar>; j += line<Scalar>) {
-      __builtin_prefetch(c.data + i * c.row_stride + j);
-    }
-  }
-}
+enum class Store { set, add };
 
 /// The accumulators of `Rows` rows of C in one panel, or in the first packet of it.
 template <int Rows, int Packets, class Element>
@@ -171,22 +163,32 @@ struct Accumulators {
     }
   }
 
-  /// at += a·b over the whole depth, for the rows of A from `a` on. Two steps to a turn of the loop in
-  /// full kernels: a core that another thread shares fetches instructions every other cycle, and turns
-  /// of one step are then short of them, by a tenth.
-  template <class Left>
+  /// at += a·b over the whole depth, for the rows of A from `a` on. Full kernels take several steps to a
+  /// turn of the loop: a core that another thread shares fetches instructions every other cycle, and turns
+  /// of one step are then short of them, by a tenth. Finished products, whose depth is that of a head, take
+  /// so many that the processor foresees the end of the loop: 2 % for 64. With 16 registers never more than
+  /// two beside each other, where compilers mix the instructions of all.
+  template <Store store, class Left, class Finishing>
   SURFATTN_ALWAYS_INLINE void add_product(Index depth, Left left, const Element* a,
-                                          const Element* b, Index b_stride) {
+                                          const Element* b, Index b_stride, Finishing& finish) {
     const auto step = [&] {
       add_step(left, a, b);
       a += left.depth_stride(), b += b_stride;
     };
-    if constexpr (Rows == kernel_rows) {
-      SURFATTN_UNROLL_TWICE
-      for (Index k = 0; k < depth; ++k) step();
-    } else {
-      for (Index k = 0; k < depth; ++k) step();
+    if constexpr (Rows == kernel_rows && registers >= 32) {
+      for (constexpr Index turn = store == Store::set ? 4 : 2; depth >= turn; depth -= turn) {
+        finish.work();
+        SURFATTN_UNROLL
+        for (Index k = 0; k < turn; ++k) step();
+      }
+    } else if constexpr (Rows == kernel_rows) {
+      for (constexpr Index turn = 8; depth >= turn; depth -= turn) {
+        finish.work();
+        SURFATTN_UNROLL_TWICE
+        for (Index k = 0; k < turn; ++k) step();
+      }
     }
+    for (; depth > 0; --depth) step();
   }
 
   template <class Left>
@@ -204,48 +206,70 @@ struct Accumulators {
   }
 };
 
-enum class Store { set, add };
-
-/// What becomes of a product that is stored: factor·A·B + bias, the bias one number for each column
-/// or none. The factor counts for pairs alone; other operands have it packed into them, where it
-/// costs nothing.
+/// What becomes of a product: it is stored, as factor·A·B + bias, the bias one number for each column or
+/// none. The factor counts for pairs alone; other operands have it packed into them, where it costs
+/// nothing.
+///
+/// Another finish may take whole kernels of rows only, and leave work for later: a product asks for a
+/// piece of it every few steps, and for all that is left at its end.
 template <class Element>
 struct Finish {
-  const sum_t<Element>* bias = nullptr;
-  sum_t<Element> factor{1};
+  using Sum = sum_t<Element>;
+  static constexpr bool whole_kernels = false, has_factor = !std::is_same_v<Element, Sum>;
+
+  const Sum* bias = nullptr;
+  Sum factor{1};
+
+  /// What sums begin with.
+  SURFATTN_ALWAYS_INLINE const Sum* start() const { return has_factor ? nullptr : bias; }
+
+  /// The rows from `row` on.
+  template <int Rows, int Packets>
+  SURFATTN_ALWAYS_INLINE void take(Index, Accumulators<Rows, Packets, Element>& product,
+                                   const Tile<Sum>& c) const {
+    if constexpr (has_factor) product.scale(factor, bias);
+    product.store_to(c);
+  }
+
+  SURFATTN_ALWAYS_INLINE void work() const {}
+  SURFATTN_ALWAYS_INLINE void complete() const {}
+  SURFATTN_ALWAYS_INLINE void to_next_panel() {
+    if (bias) bias += panel_width<Element>;
+  }
 };
 
-template <class Element>
+template <class Element, class Finishing>
 SURFATTN_ALWAYS_INLINE void to_next_panel(Panels<Element>& b, Tile<sum_t<Element>>& c,
-                                          Finish<Element>& finish) {
+                                          Finishing& finish) {
   b.data += b.panel_stride;
   c.data += panel_width<Element>;
-  if (finish.bias) finish.bias += panel_width<Element>;
+  finish.to_next_panel();
 }
 
 /// `Rows` rows, from `row` on, of `Packets` packets of one panel of a finished product (Store::set) or
 /// of C += A·B (Store::add).
-template <int Rows, int Packets, Store store, class Left, class Element>
+template <int Rows, int Packets, Store store, class Left, class Element, class Finishing>
 SURFATTN_ALWAYS_INLINE void panel_rows(Index row, Index depth, const Left& a, Panels<Element> b,
-                                       Tile<sum_t<Element>> c, Finish<Element> finish) {
-  constexpr bool has_factor = store == Store::set && !std::is_same_v<Element, sum_t<Element>>;
+                                       Tile<sum_t<Element>> c, Finishing& finish) {
   c = c.from(row);
   Accumulators<Rows, Packets, Element> accumulators;
   if constexpr (store == Store::add) {
     accumulators.load_from(c);
   } else {
-    accumulators.start(has_factor ? nullptr : finish.bias);
+    accumulators.start(finish.start());
   }
-  accumulators.add_product(depth, a, a.from(row), b.data, b.row_stride);
-  if constexpr (has_factor) accumulators.scale(finish.factor, finish.bias);
-  accumulators.store_to(c);
+  accumulators.template add_product<store>(depth, a, a.from(row), b.data, b.row_stride, finish);
+  if constexpr (store == Store::add) {
+    accumulators.store_to(c);
+  } else {
+    finish.take(row, accumulators, c);
+  }
 }
 
 /// `Rows` rows, from `row` on, of all panels: the first spreads the numbers of A for the others.
-template <int Rows, Store store, class Left, class Element>
+template <int Rows, Store store, class Left, class Element, class Finishing>
 SURFATTN_ALWAYS_INLINE void spread_rows(Index row, Index cols, Index depth, const Left& a,
-                                        Panels<Element> b, Tile<Element> c,
-                                        Finish<Element> finish) {
+                                        Panels<Element> b, Tile<Element> c, Finishing finish) {
   alignas(64) Element spread[spread_depth * Rows * lanes<Element>];
   panel_rows<Rows, panel_packets, store>(row, depth, SpreadingOperand<Left, Element>{a, spread}, b,
                                          c, finish);
@@ -258,13 +282,11 @@ SURFATTN_ALWAYS_INLINE void spread_rows(Index row, Index cols, Index depth, cons
 
 /// Goes down the rows of one panel, or, where A is spread, of all panels, from `row` on in steps of
 /// `Rows`, and what remains in steps of half as many. `cols` columns are left, from this panel on.
-template <int Rows, Store store, class Left, class Element>
+template <int Rows, Store store, class Left, class Element, class Finishing>
 SURFATTN_ALWAYS_INLINE void panel(Index row, Index rows, Index cols, Index depth, const Left& a,
-                                  Panels<Element> b, Tile<sum_t<Element>> c,
-                                  Finish<Element> finish) {
+                                  Panels<Element> b, Tile<sum_t<Element>> c, Finishing& finish) {
   constexpr bool spreads = broadcasts_by_shuffling<Element>;
   const auto step = [&]<int Packets>(std::integral_constant<int, Packets>) {
-    if constexpr (store == Store::add) prefetch_accumulators<Rows, Packets>(c.from(row + Rows));
     panel_rows<Rows, Packets, store>(row, depth, a, b, c, finish);
     row += Rows;
   };
@@ -283,15 +305,16 @@ SURFATTN_ALWAYS_INLINE void panel(Index row, Index rows, Index cols, Index depth
       step(std::integral_constant<int, panel_packets>());
     }
   }
-  if constexpr (Rows > 1) {
+  if constexpr (Rows > 1 && !Finishing::whole_kernels) {
     if (row < rows) panel<Rows / 2, store>(row, rows, cols, depth, a, b, c, finish);
   }
 }
 
-template <Store store, class Left, class Element>
+template <Store store, class Left, class Element, class Finishing = Finish<Element>>
 SURFATTN_NEVER_INLINE void product(Index rows, Index cols, Index depth, const Left& a,
                                    Panels<Element> b, Tile<sum_t<Element>> c,
-                                   Finish<Element> finish = {}) {
+                                   const Finishing& finishing = {}) {
+  Finishing finish = finishing;  // a variable of its own, which compilers keep in registers
   if constexpr (broadcasts_by_shuffling<Element>) {
     if (cols == 0) return;
     const Index steps = std::min(depth, spread_depth);
@@ -307,6 +330,7 @@ SURFATTN_NEVER_INLINE void product(Index rows, Index cols, Index depth, const Le
     panel<kernel_rows, store>(0, rows, cols - first, depth, a, b, c, finish);
     to_next_panel(b, c, finish);
   }
+  finish.complete();
 }
 
 /// C = A·B, or bias + A·B where there is a bias, one number for each column: for `rows` rows of A
@@ -315,7 +339,7 @@ template <class Element, class Left>
 void set_product(Index rows, Index cols, Index depth, const Left& a, Panels<Element> b,
                  Tile<sum_t<Element>> c, const sum_t<Element>* bias = nullptr,
                  sum_t<Element> factor = sum_t<Element>(1)) {
-  product<Store::set, Left, Element>(rows, cols, depth, a, b, c, {bias, factor});
+  product<Store::set>(rows, cols, depth, a, b, c, Finish<Element>{bias, factor});
 }
 
 /// C += A·B, likewise. B is padded with zeros, and so what pads C stays as it is.
