@@ -131,6 +131,55 @@ TEMPLATE_TEST_CASE("so they do with priors, near, far and without bounds", "", f
   compare();
 }
 
+TEMPLATE_TEST_CASE("so they do beside what masks hide, whatever it holds", "", float, double) {
+  Random random = seeded_random();
+  Inputs<TestType> in({130, 200, 4, 4}, random);
+  Matrix<TestType> log_prior = Matrix<TestType>::Zero(200, 1);
+  log_prior.topRows(100).setConstant(TestType(800));
+  constexpr auto nan = std::numeric_limits<TestType>::quiet_NaN();
+  log_prior(131) = nan;
+  compare_surface(in, {.prior = KeyPrior(log_prior)}, KeyLengths(100));
+  in.keys.topRows(100) /= 100;
+  in.keys.bottomRows(60) *= 20;
+  in.keys(131, 1) = nan;
+  compare_surface(in, {.bandwidth = 1.0}, KeyLengths(100));
+}
+
+TEMPLATE_TEST_CASE("so they do where squares underflow or sums round far", "", float, double) {
+  Random random = seeded_random();
+  Inputs<TestType> in({130, 300, 16, 16}, random);
+  const TestType tiny =
+      std::ldexp(TestType(1), -std::numeric_limits<TestType>::max_exponent / 2 - 4);
+  in.queries *= tiny;
+  const Options large{.scale = 10 / double(tiny)};
+  require_same(attention_forward(in.queries, in.keys, in.values, large),
+               attention_forward(in.queries, in.keys, in.values, large, AdditiveBias(in.zeros)));
+  in.keys *= tiny, in.queries /= tiny, in.queries /= tiny;
+  const Options usual{.scale = 2.0};
+  require_same(attention_forward(in.queries, in.keys, in.values, usual),
+               attention_forward(in.queries, in.keys, in.values, usual, AdditiveBias(in.zeros)));
+}
+
+TEST_CASE("so they do where each product rounds to the digits of a large prior") {
+  Random random = seeded_random();
+  Inputs<float> in({130, 200, 2359, 3}, random);
+  in.queries.setConstant(1 / std::sqrt(2359.f));
+  in.keys.setConstant(-8 / std::sqrt(2359.f));
+  Matrix<float> log_prior = Matrix<float>::Constant(200, 1, -41000.f);
+  log_prior.topRows(64).array() += 69.25f / 1.4427f;
+  compare_surface(in, {.scale = 2.0, .prior = KeyPrior(log_prior)});
+}
+
+TEMPLATE_TEST_CASE("sinks see the whole scores of many queries", "", float, double) {
+  Random random = seeded_random();
+  const Inputs<TestType> in({140, 50, 6, 6}, random);
+  const Matrix<TestType> logits = random_matrix<TestType>(1, 1, random);
+  const auto all = project_forward(in.queries, in.keys, SurfaceOptions{}, Sink(logits));
+  const auto few = project_forward(Matrix<TestType>(in.queries.topRows(70)), in.keys,
+                                   SurfaceOptions{}, Sink(logits));
+  REQUIRE(same_bits(Matrix<TestType>(all.out.topRows(70)), few.out));
+}
+
 TEST_CASE("numbers far below 1 are summed without loss where bounds are far above scores") {
   Random random = seeded_random();
   Inputs<float> in({130, 50, 40, 8}, random);

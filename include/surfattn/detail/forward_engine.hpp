@@ -54,7 +54,7 @@ struct ForwardBuffers {
 ///
 /// Where many queries see whole tiles, and no term changes scores, bounds of the scores serve as maxima of
 /// the softmax: weights then need not wait for the last score of a row, and are made while the next scores
-/// are formed. The bits are the same.
+/// are formed. The bits are the same, but for outputs near the smallest normal number.
 template <class Scalar, class Terms>
 class ForwardTask {
   using Accumulator = accumulator_t<Scalar>;
@@ -113,7 +113,8 @@ class ForwardTask {
   void load_lengths(MatrixView<const Scalar> queries, Accumulator* lengths) const {
     simd::squared_norms(queries, lengths);
     const Accumulator factor = std::abs(log2_scale(operands_));
-    for (Index i = 0; i < queries.rows; ++i) lengths[i] = std::sqrt(lengths[i]) * factor;
+    for (Index i = 0; i < queries.rows; ++i)
+      lengths[i] = bound_of_length(lengths[i], queries.cols) * factor;
   }
 
   /// All tiles of one run of keys. Rows are loaded before the first run and written after the last, while
@@ -162,7 +163,8 @@ class ForwardTask {
   void load_key_bias(Index first_key, Index keys) {
     Accumulator* const bias = buffers_.key_bias;
     Accumulator longest(0);
-    if (bounds_scores_) longest = std::sqrt(simd::pad_and_find_maximum(bias, keys));
+    if (bounds_scores_)
+      longest = bound_of_length(simd::pad_and_find_maximum(bias, keys), shape_.head_dim);
     if (operands_.key_norm_weight == Accumulator(0)) std::fill(bias, bias + keys, Accumulator(0));
     finish_key_bias(operands_, key_value_head_, first_key, keys, bias);
     std::fill(bias + keys, bias + simd::padded<Accumulator>(keys), Accumulator(0));

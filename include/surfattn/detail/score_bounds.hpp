@@ -9,16 +9,26 @@
 
 namespace surfattn::detail {
 
+/// At least ‖x‖, from ‖x‖² as it was summed over `dim` numbers, whose squares may have underflowed.
+template <class Accumulator>
+Accumulator bound_of_length(Accumulator squared_norm, Index dim) {
+  return std::sqrt(squared_norm + Accumulator(dim) * std::numeric_limits<Accumulator>::min());
+}
+
 /// Between which numbers the scores S_ij = q_i·k_j + b_j of some keys lie, in units of ln 2: by the
 /// inequality of Cauchy and Schwarz, |q·k| ≤ ‖q‖‖k‖.
 template <class Accumulator>
 class ScoreBounds {
  public:
   ScoreBounds() = default;
-  /// `length`: ‖k‖ of the longest key.
-  ScoreBounds(Accumulator length, const Accumulator* bias, Index keys) : length_(length) {
-    const auto [lowest, highest] = std::minmax_element(bias, bias + keys);
-    lowest_bias_ = *lowest, highest_bias_ = *highest;
+  /// `length`: ‖k‖ of the longest key. A bias of NaN leaves no bounds.
+  ScoreBounds(Accumulator length, const Accumulator* bias, Index keys)
+      : length_(length), lowest_bias_(bias[0]), highest_bias_(bias[0]) {
+    for (Index j = 0; j < keys; ++j) {
+      lowest_bias_ = bias[j] >= lowest_bias_ ? lowest_bias_ : bias[j];
+      highest_bias_ = bias[j] <= highest_bias_ ? highest_bias_ : bias[j];
+      if (std::isnan(bias[j])) length_ = bias[j];
+    }
   }
 
   Accumulator highest(Accumulator query_length) const {
@@ -27,16 +37,16 @@ class ScoreBounds {
 
   /// Whether the highest bound, or m where that is larger, can be the m of a softmax (see OnlineSoftmax) of
   /// these scores in place of the largest one. The bounds must be so close together that every weight
-  /// that counts, and what is summed with it, is far from the smallest normal number: since m is an
-  /// integer, everything is then the same number but for a power of two.
+  /// that counts is far from the smallest normal number: since m is an integer, everything is then the
+  /// same number but for a power of two. (What is summed with weights is as much smaller: outputs below
+  /// 2⁻⁷⁸ in float may lose digits, or become 0 where subnormal numbers do.) And the scores must be so
+  /// small that what rounding adds to them leaves exponents within the range of simd::exp2_in_range.
   bool give_maximum(Accumulator query_length, Accumulator m) const {
-    using Limits = std::numeric_limits<Accumulator>;
-    constexpr Accumulator most_apart = Limits::max_exponent * 3 / 8;
-    constexpr Accumulator most_below = Limits::max_exponent - 4;  // for simd::exp2_in_range
+    constexpr Accumulator range = std::numeric_limits<Accumulator>::max_exponent;
     const Accumulator high = highest(query_length);
     const Accumulator low = lowest_bias_ - query_length * length_;
-    return high - low <= most_apart && m - low <= most_below &&
-           std::max(m, std::abs(high)) < simd::exp2_origin_limit<Accumulator>;
+    return high - low <= range * 3 / 8 && m - low <= range - 4 &&
+           std::max(m, std::abs(high)) <= 8 * range;
   }
 
  private:

@@ -97,9 +97,10 @@ class WeightFinish {
 };
 
 /// Whether products may become weights: not where they are summed in parts, on targets whose exponentials
-/// take longer than what they wait for.
+/// take longer than what they wait for, nor without vectors, where an origin does not only scale them.
 template <class Element>
-inline constexpr bool makes_weights = !broadcasts_by_shuffling<Element>;
+inline constexpr bool makes_weights =
+    !broadcasts_by_shuffling<Element> && lanes<sum_t<Element>> > 1;
 
 /// The rows of one panel, of which `cols` columns are scores and the others become 0.
 template <class Scalar>
