@@ -66,10 +66,10 @@ template <class Scalar>
 void check_metric(const RowVector<Scalar>& metric, const Shape& shape, const Require& require) {
   const Index all = shape.key_value_heads * shape.head_dim;
   if (metric.size() != shape.head_dim && metric.size() != all) {
-    require.fail("metric is 1×" + std::to_string(metric.size()) + " but must be " +
-                 words_of_either({1, shape.head_dim}, {1, all}) +
-                 " (one number for each column of a key head), because keys is " +
-                 words(shape.keys_extent()));
+    require.fail("metric is 1×", metric.size(), " but must be ",
+                 words_of_either({1, shape.head_dim}, {1, all}),
+                 " (one number for each column of a key head), because keys is ",
+                 shape.keys_extent());
   }
   for (Index c = 0; c < metric.size(); ++c) require.positive("metric", double(metric[c]));
 }

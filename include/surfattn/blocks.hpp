@@ -63,8 +63,8 @@ void require_block(const Require& require, const X& x, const BlockWeights<Layer>
                  weights.norm_epsilon, 1, "the layer's output", {x.rows(), width});
   }
   if (!weights.residual || x.cols() == width) return;
-  require.fail("x is " + words(extent(x)) + " but must be as wide as the layer's output, " +
-               std::to_string(width) + ", to be added to it");
+  require.fail("x is ", extent(x), " but must be as wide as the layer's output, ", width,
+               ", to be added to it");
 }
 
 /// post_norm(x + layer(pre_norm(x))), each part as far as the weights name it, where run(x̂) computes

@@ -105,12 +105,11 @@ void require_cache(const Require& require, const Weights& weights, const Surface
              " numbers for " + std::to_string(shape.heads.query) + " query heads on " +
              std::to_string(shape.key_value_heads());
     };
-    require.fail("cache holds " + words(cache.shape()) + " but these weights need " +
-                 words(expected) + ": make it with layer_cache");
+    require.fail("cache holds ", words(cache.shape()), " but these weights need ", words(expected),
+                 ": make it with layer_cache");
   }
   if (cache.scale() != expected.scale) {
-    require.fail("cache has the scale " + words(static_cast<double>(cache.scale())) +
-                 " but these weights need " + words(static_cast<double>(expected.scale)) +
+    require.fail("cache has the scale ", cache.scale(), " but these weights need ", expected.scale,
                  ": make it with layer_cache");
   }
 }
@@ -202,10 +201,10 @@ void require_tokens(const Require& require, const char* name, const Input& rows,
   if (!rotates(weights) && positions.is_given())
     require.fail("positions are for weights with a rotation");
   if (rotates(weights) && !positions.is_given() && !can_count)
-    require.fail(std::string("weights.rotary needs the positions of ") + name);
+    require.fail("weights.rotary needs the positions of ", name);
   if (positions.is_given() && positions.size() != rows.rows()) {
-    require.fail(std::string("positions must be one for each row of ") + name + ", " +
-                 std::to_string(rows.rows()) + ", but are " + std::to_string(positions.size()));
+    require.fail("positions must be one for each row of ", name, ", ", rows.rows(), ", but are ",
+                 positions.size());
   }
 }
 

@@ -76,8 +76,7 @@ inline CostWidths cost_widths(Form form, const LayerSize& size) {
 
 inline void check_layer_size(const LayerSize& size, const Require& require) {
   const auto positive = [&](const char* name, Index value) {
-    if (value < 1)
-      require.fail(std::string(name) + " must be positive, but is " + std::to_string(value));
+    if (value < 1) require.fail(name, " must be positive, but is ", value);
   };
   positive("x_width", size.x_width);
   positive("y_width", size.y_width);
@@ -89,14 +88,14 @@ inline void check_layer_size(const LayerSize& size, const Require& require) {
   positive("batch", size.batch);
   positive("heads.query", size.heads.query);
   if (size.k_equals_v && size.value_dim != size.head_dim)
-    require.fail("with k_equals_v, value_dim must be head_dim, " + std::to_string(size.head_dim) +
-                 ", but is " + std::to_string(size.value_dim));
+    require.fail("with k_equals_v, value_dim must be head_dim, ", size.head_dim, ", but is ",
+                 size.value_dim);
   const Index shared = size.heads.key_value.value_or(size.heads.query);
   positive("heads.key_value", shared);
   if (size.heads.query % shared != 0)
     require.fail("heads.query must be a multiple of heads.key_value");
   if (!(size.visible > 0 && size.visible <= 1))
-    require.fail("visible must be above 0 and at most 1, but is " + words(size.visible));
+    require.fail("visible must be above 0 and at most 1, but is ", size.visible);
 }
 
 }  // namespace detail

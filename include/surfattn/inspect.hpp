@@ -240,9 +240,8 @@ Matrix<accumulator_t<Scalar>> inspect_scores(const Operands<Scalar>& batch, cons
   const Shape& shape = batch.shape;
   const Index count = at.queries.value_or(shape.queries - at.first_query);
   if (at.first_query < 0 || count < 0 || at.first_query + count > shape.queries) {
-    require.fail("the rows must lie among those of queries, but they are " + std::to_string(count) +
-                 " from " + std::to_string(at.first_query) + " and queries is " +
-                 words(shape.queries_extent()));
+    require.fail("the rows must lie among those of queries, but they are ", count, " from ",
+                 at.first_query, " and queries is ", shape.queries_extent());
   }
   const bool masked = at.stage >= Stage::masked, normalised = at.stage == Stage::normalised;
   Matrix<Accumulator> result = Matrix<Accumulator>::Constant(
@@ -319,9 +318,7 @@ Neighbours<Scalar> inspect_neighbours(const Operands<Scalar>& batch, Index count
                                       const Require& require, const Terms&... terms) {
   using Accumulator = accumulator_t<Scalar>;
   const Shape& shape = batch.shape;
-  if (count < 1)
-    require.fail("there must be at least 1 neighbour to look for, but it is " +
-                 std::to_string(count));
+  if (count < 1) require.fail("there must be at least 1 neighbour to look for, but it is ", count);
   Neighbours<Scalar> result{Matrix<Index>::Constant(shape.queries, shape.query_heads * count, -1),
                             Matrix<Accumulator>::Zero(shape.queries, shape.query_heads * count)};
   std::vector<Accumulator> kept;

@@ -49,8 +49,7 @@ struct IteratedGradients {
 namespace detail {
 
 inline void check_iteration(const Iteration& iteration, const Require& require) {
-  if (iteration.steps < 0)
-    require.fail("steps must not be negative, but is " + std::to_string(iteration.steps));
+  if (iteration.steps < 0) require.fail("steps must not be negative, but is ", iteration.steps);
   require.positive("step_size", iteration.step_size);
 }
 
@@ -430,8 +429,7 @@ auto project_iterated_backward(const Queries& queries, const Keys& keys, const I
                                     detail::extent(keys), options.heads, options.sequences);
   if (static_cast<Index>(forward.points.size()) != iteration.steps ||
       forward.projections.size() != forward.points.size()) {
-    require.fail("forward has " + std::to_string(forward.points.size()) + " steps but must have " +
-                 std::to_string(iteration.steps));
+    require.fail("forward has ", forward.points.size(), " steps but must have ", iteration.steps);
   }
   require.shape("grad_out", detail::extent(grad_out), shape.queries_extent(),
                 "the shape of queries");

@@ -138,17 +138,16 @@ inline void require_positions(const Require& require, bool rotates, const LayerO
   if (x_given != y_given) require.fail("give both x_positions and y_positions, or neither");
   const auto check_count = [&](const char* name, Index count, const char* rows, Index expected) {
     if (!x_given || count == expected) return;
-    require.fail(std::string(name) + " must be one for each row of " + rows + ", " +
-                 std::to_string(expected) + ", but are " + std::to_string(count));
+    require.fail(name, " must be one for each row of ", rows, ", ", expected, ", but are ", count);
   };
   check_count("x_positions", options.x_positions.size(), "x", shape.queries);
   check_count("y_positions", options.y_positions.size(), "y", shape.keys);
   for (Index s = 0; !x_given && s < shape.sequences.count(); ++s) {
     const Shape one = shape.of_sequence(s);
     if (one.queries == one.keys) continue;
-    require.about(one).fail("weights.rotary needs x_positions and y_positions where x and y have " +
-                            std::string("different numbers of rows, but they have ") +
-                            std::to_string(one.queries) + " and " + std::to_string(one.keys));
+    require.about(one).fail("weights.rotary needs x_positions and y_positions where x and y have ",
+                            "different numbers of rows, but they have ", one.queries, " and ",
+                            one.keys);
   }
 }
 

@@ -107,14 +107,14 @@ template <class Scalar>
 void require_norm(const Require& require, const char* name, const NormWeights<Scalar>& weights,
                   std::optional<double> epsilon, Index heads, const char* because, Extent matrix) {
   if (epsilon && !(*epsilon >= 0 && std::isfinite(*epsilon)))
-    require.fail("epsilon must be finite and not negative, but is " + words(*epsilon));
+    require.fail("epsilon must be finite and not negative, but is ", *epsilon);
   const Index cols = matrix.cols;
   for (const auto& [part, size] :
        {std::pair{".gain", weights.gain.size()}, std::pair{".bias", weights.bias.size()}}) {
     if (size == 0 || size == cols || size == cols / heads) continue;
-    require.fail(std::string(name) + part + " is 1×" + std::to_string(size) + " but must be 1×" +
-                 std::to_string(cols) + (heads > 1 ? ", 1×" + std::to_string(cols / heads) : "") +
-                 ", or empty for none, because " + because + " is " + words(matrix));
+    require.fail(name, part, " is 1×", size, " but must be 1×", cols,
+                 (heads > 1 ? ", 1×" + std::to_string(cols / heads) : ""),
+                 ", or empty for none, because ", because, " is ", matrix);
   }
 }
 
@@ -123,8 +123,7 @@ NormProblem<Scalar> norm_problem(Extent x, const NormWeights<Scalar>& weights,
                                  const NormOptions& options, const Require& require) {
   refuse_16_bits_at_compile_time<Scalar>();
   if (options.heads < 1 || x.cols % options.heads != 0) {
-    require.fail("x is " + words(x) + ", and its columns do not divide into " +
-                 std::to_string(options.heads) + " heads");
+    require.fail("x is ", x, ", and its columns do not divide into ", options.heads, " heads");
   }
   require_norm(require, "weights", weights, options.epsilon, options.heads, "x", x);
   const double epsilon = options.epsilon.value_or(kind == Norm::l2 ? 1e-12 : 1e-5);

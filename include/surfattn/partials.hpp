@@ -62,8 +62,8 @@ void require_parts(const Require& require, const Parts& parts) {
     return;
   require.fail(
       "parts[0].out must have one row for each query and equally many columns for each "
-      "head, but it is " +
-      words(out) + " and parts[0].log_sum_exp is " + words(log_sum_exp));
+      "head, but it is ",
+      out, " and parts[0].log_sum_exp is ", log_sum_exp);
 }
 
 /// log Σ_p exp L_p of one query and head, −∞ where no part saw a key.

@@ -53,18 +53,17 @@ concept StoredPositions = PositionRange<Range> && NumbersInMemory<Range> &&
 inline Index rotary_width(const Require& require, Extent input, Index positions,
                           const RotaryOptions& options) {
   if (options.heads < 1 || input.cols % options.heads != 0) {
-    require.fail("the matrix is " + words(input) + ", and its columns do not divide into " +
-                 std::to_string(options.heads) + " heads");
+    require.fail("the matrix is ", input, ", and its columns do not divide into ", options.heads,
+                 " heads");
   }
   const Index of_head = input.cols / options.heads, width = options.width.value_or(of_head);
   if (width < 0 || width > of_head || width % 2 != 0) {
-    require.fail("the turned columns of a head must be an even number of at most " +
-                 std::to_string(of_head) + ", but are " + std::to_string(width) +
-                 " (the matrix is " + words(input) + ")");
+    require.fail("the turned columns of a head must be an even number of at most ", of_head,
+                 ", but are ", width, " (the matrix is ", input, ")");
   }
   if (positions != input.rows) {
-    require.fail("there must be one position for each row, but there are " +
-                 std::to_string(positions) + " and the matrix is " + words(input));
+    require.fail("there must be one position for each row, but there are ", positions,
+                 " and the matrix is ", input);
   }
   require.positive("base", options.base);
   return width;

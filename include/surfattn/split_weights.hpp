@@ -68,8 +68,7 @@ SplitWeights<Scalar> split(const SurfaceWeights<Scalar>& surface, Index head_dim
   constexpr detail::Require require("split");
   const Index width = detail::surface_width(surface, require), heads = surface.heads;
   if (head_dim < 1 || value_dim < 1) {
-    require.fail("head_dim and value_dim must be positive, but are " + std::to_string(head_dim) +
-                 " and " + std::to_string(value_dim));
+    require.fail("head_dim and value_dim must be positive, but are ", head_dim, " and ", value_dim);
   }
   const bool has_metric_bias = surface.metric_bias.size() > 0,
              has_readout_bias = surface.readout_bias.size() > 0;

@@ -66,8 +66,7 @@ struct CacheShape {
 inline void require_capacity(const Require& require, const char* name, Index capacity) {
   constexpr Index most = Index(1) << 40;
   if (0 <= capacity && capacity <= most) return;
-  require.fail(std::string(name) + " must be between 0 and 2⁴⁰, but is " +
-               std::to_string(capacity));
+  require.fail(name, " must be between 0 and 2⁴⁰, but is ", capacity);
 }
 
 /// What a saved cache begins with: it cannot be read by another format, byte order or scalar.
@@ -88,12 +87,10 @@ inline void require_cache_sizes(const Require& require, Index key_width, Index v
   for (const auto& [name, width] :
        {std::pair{"key_width", key_width}, std::pair{"value_width", value_width}}) {
     if (width >= 0 && width % key_value_heads == 0) continue;
-    require.fail(std::string(name) + " must not be negative and divide into " +
-                 std::to_string(key_value_heads) + " key/value heads, but is " +
-                 std::to_string(width));
+    require.fail(name, " must not be negative and divide into ", key_value_heads,
+                 " key/value heads, but is ", width);
   }
-  if (window && *window < 1)
-    require.fail("window must be at least 1, but is " + std::to_string(*window));
+  if (window && *window < 1) require.fail("window must be at least 1, but is ", *window);
   require_capacity(require, "window", window.value_or(0));
   require_capacity(require, "capacity", capacity);
   // A call of no queries and no keys, for its checks of heads and widths.
@@ -318,7 +315,7 @@ class Surface {
   void reserve(Index keys) {
     constexpr detail::Require require("Surface::reserve");
     if (shape_.window) require.fail("this cache is a ring buffer: its memory is its window");
-    if (keys < 0) require.fail("keys must not be negative, but is " + std::to_string(keys));
+    if (keys < 0) require.fail("keys must not be negative, but is ", keys);
     if (keys > size()) store_.reserve(keys - size());
   }
 
@@ -547,8 +544,7 @@ class Surface {
 
   void require_held(const detail::Require& require, Index count) const {
     if (0 <= count && count <= size()) return;
-    require.fail("count is " + std::to_string(count) + " but the cache holds " +
-                 std::to_string(size()) + " keys");
+    require.fail("count is ", count, " but the cache holds ", size(), " keys");
   }
 
   template <class Keys, class Values>
@@ -624,8 +620,7 @@ class Surface {
   detail::Shape largest_problem(Index queries) const {
     constexpr Index keys = Index(1) << 40;
     constexpr detail::Require require("Surface::workspace_size");
-    if (queries < 0)
-      require.fail("queries must not be negative, but is " + std::to_string(queries));
+    if (queries < 0) require.fail("queries must not be negative, but is ", queries);
     return require.shapes({queries, query_width()}, {keys, shape_.key_width},
                           {keys, shape_.value_width}, shape_.heads, {});
   }

@@ -29,8 +29,8 @@ Matrix<Scalar> key_to_value(const StandardWeights<Scalar>& weights, const Shape&
   const Eigen::PartialPivLU<Matrix<Scalar>> factors(weights.key.middleCols(head * d, d));
   reciprocal_condition = factors.rcond();
   if (!(reciprocal_condition > Scalar(d) * std::numeric_limits<Scalar>::epsilon())) {
-    require.fail("weights.key must be invertible, head by head, but that of head " +
-                 std::to_string(head) + " is singular to the precision of its numbers");
+    require.fail("weights.key must be invertible, head by head, but that of head ", head,
+                 " is singular to the precision of its numbers");
   }
   return factors.solve(weights.value.middleCols(head * dv, dv));
 }
@@ -60,9 +60,8 @@ ValuesFromKeys<Scalar> values_from_keys(const StandardWeights<Scalar>& weights) 
   ValuesFromKeys<Scalar> result{weights, RowVector<Scalar>::Ones(shape.key_value_heads)};
   if (weights.k_equals_v) return result;
   if (weights.key.rows() != d) {
-    require.fail("weights.key must be square, head by head, but it is " +
-                 detail::words(detail::extent(weights.key)) + " (" +
-                 std::to_string(shape.key_value_heads) + " heads of width " + std::to_string(d) +
+    require.fail("weights.key must be square, head by head, but it is ",
+                 detail::extent(weights.key), " (", shape.key_value_heads, " heads of width ", d,
                  ")");
   }
   StandardWeights<Scalar>& shared = result.weights;

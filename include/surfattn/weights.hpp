@@ -72,8 +72,7 @@ namespace detail {
 
 inline void require_bias(const Require& require, const char* name, Index size, Index expected) {
   if (size == 0 || size == expected) return;
-  require.fail(std::string(name) + " is 1×" + std::to_string(size) + " but must be 1×" +
-               std::to_string(expected) + ", or empty for none");
+  require.fail(name, " is 1×", size, " but must be 1×", expected, ", or empty for none");
 }
 
 /// The rotation of a matrix of so many heads.
@@ -126,9 +125,8 @@ Shape layer_shape(const StandardWeights<Scalar>& weights, const Require& require
 template <class Scalar>
 Index surface_width(const SurfaceWeights<Scalar>& weights, const Require& require) {
   if (weights.heads <= 0 || weights.metric.cols() % weights.heads != 0) {
-    require.fail("weights.metric is " + words(extent(weights.metric)) +
-                 ", and its columns do not divide into " + std::to_string(weights.heads) +
-                 " heads");
+    require.fail("weights.metric is ", extent(weights.metric),
+                 ", and its columns do not divide into ", weights.heads, " heads");
   }
   require.shape("weights.readout", extent(weights.readout),
                 {weights.metric.cols(), weights.readout.cols()},

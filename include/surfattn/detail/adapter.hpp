@@ -24,8 +24,8 @@ accumulator_t<Scalar> scale_or_default(std::optional<double> scale, Index head_d
 inline void check_workspace(const Require& require, const Workspace& workspace,
                             std::size_t needed) {
   if (workspace.size() >= needed) return;
-  require.fail("workspace has " + std::to_string(workspace.size()) + " bytes but must have " +
-               std::to_string(needed) + " (see workspace_size)");
+  require.fail("workspace has ", workspace.size(), " bytes but must have ", needed,
+               " (see workspace_size)");
 }
 
 /// Gives the terms of a sequence, for whoever computes one: refers to terms that the caller holds.

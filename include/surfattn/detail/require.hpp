@@ -4,7 +4,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <concepts>
 #include <cstdio>
+#include <initializer_list>
 #include <optional>
 #include <string>
 #include <surfattn/detail/view.hpp>
@@ -47,6 +49,39 @@ inline std::string words(double number) {
   std::snprintf(text, sizeof text, "%g", number);
   return text;
 }
+
+/// A part of a sentence: text, which must outlive it, a number or an extent. What it takes to make a string
+/// of these is compiled once, and not wherever a mistake is told.
+class Word {
+ public:
+  Word(const char* text) : text_(text) {}
+  Word(const std::string& text) : text_(text.c_str()) {}
+  Word(std::integral auto count) : kind_(Kind::count), extent_{static_cast<Index>(count), 0} {}
+  Word(std::floating_point auto number)
+      : kind_(Kind::number), number_(static_cast<double>(number)) {}
+  Word(Extent extent) : kind_(Kind::extent), extent_(extent) {}
+
+  std::string string() const {
+    switch (kind_) {
+      case Kind::count:
+        return std::to_string(extent_.rows);
+      case Kind::number:
+        return words(number_);
+      case Kind::extent:
+        return words(extent_);
+      default:
+        return text_;
+    }
+  }
+
+ private:
+  enum class Kind { text, count, number, extent };
+
+  Kind kind_ = Kind::text;
+  const char* text_ = nullptr;
+  Extent extent_;
+  double number_ = 0;
+};
 
 /// The sizes of one attention problem, after every check has passed: of a whole batch, or of one of
 /// its sequences.
@@ -96,9 +131,9 @@ class Require {
  public:
   explicit constexpr Require(const char* function) : function_(function) {}
 
-  [[noreturn]] void fail(const std::string& sentence) const {
-    const std::string where = sequence_ ? " (sequence " + std::to_string(*sequence_) + ")" : "";
-    detail::fail(std::string("surfattn::") + function_ + ": " + sentence + where);
+  template <class... Words>
+  [[noreturn]] void fail(const Words&... words) const {
+    fail_with({Word(words)...});
   }
 
   /// The same, about one sequence of a batch, which its sentences name.
@@ -110,8 +145,7 @@ class Require {
 
   void shape(const char* argument, Extent actual, Extent expected, const char* because) const {
     if (actual == expected) return;
-    fail(std::string(argument) + " is " + words(actual) + " but must be " + words(expected) + " (" +
-         because + ")");
+    fail(argument, " is ", actual, " but must be ", expected, " (", because, ")");
   }
 
   Shape shapes(Extent queries, Extent keys, Extent values, const Heads& heads,
@@ -127,8 +161,7 @@ class Require {
     const Index key_width = head_width("keys", keys, shape.key_value_heads, "key/value");
     check_key_width(shape, queries, keys, key_width);
     if (values.rows != keys.rows) {
-      fail("values must have one row for each key, but values is " + words(values) +
-           " and keys is " + words(keys));
+      fail("values must have one row for each key, but values is ", values, " and keys is ", keys);
     }
     check_sequences(sequences, queries, keys);
     shape.sequences = sequences;
@@ -149,9 +182,8 @@ class Require {
       const Index count = heads.key_value.value_or(heads.query);
       const bool fits = count < 1 || values.columns * count <= keys.cols();
       if (values.columns < 0 || !fits) {
-        fail("LeftColumns must be between 0 and the width of a key, but it is " +
-             std::to_string(values.columns) + " and keys is " + words(extent(keys)) + " (" +
-             std::to_string(count) + " heads)");
+        fail("LeftColumns must be between 0 and the width of a key, but it is ", values.columns,
+             " and keys is ", extent(keys), " (", count, " heads)");
       }
       return {keys.rows(), values.columns * count};
     } else {
@@ -161,21 +193,20 @@ class Require {
 
   void positive(const char* name, std::optional<double> value) const {
     if (!value || (*value > 0 && std::isfinite(*value))) return;
-    fail(std::string(name) + " must be positive and finite, but is " + words(*value));
+    fail(name, " must be positive and finite, but is ", *value);
   }
 
   void finite(const char* name, std::optional<double> value) const {
     if (!value || std::isfinite(*value)) return;
-    fail(std::string(name) + " must be finite, but is " + words(*value));
+    fail(name, " must be finite, but is ", *value);
   }
 
   /// What is finite as an option may not be so in the precision of the call.
   template <class Scalar>
   void usable_scale(Scalar scale, bool positive) const {
     if (positive ? scale > 0 && std::isnormal(scale) : std::isfinite(scale)) return;
-    fail(std::string(positive ? "scale = 1/bandwidth² must be positive, normal and "
-                              : "scale must be ") +
-         "finite in the precision of queries, but is " + words(static_cast<double>(scale)));
+    fail(positive ? "scale = 1/bandwidth² must be positive, normal and " : "scale must be ",
+         "finite in the precision of queries, but is ", scale);
   }
 
   /// An explicit prior is Tk × Hkv, or Tk × 1 for all heads, and of the queries' scalar type.
@@ -189,34 +220,41 @@ class Require {
     const Extent actual{prior.rows(), prior.cols()};
     if (actual == Extent{shape.keys, 1} || actual == Extent{shape.keys, shape.key_value_heads})
       return;
-    fail("prior is " + words(actual) + " but must be " +
-         words_of_either({shape.keys, shape.key_value_heads}, {shape.keys, 1}) +
-         " (one log-weight for each key), because keys is " + words(shape.keys_extent()));
+    fail("prior is ", actual, " but must be ",
+         words_of_either({shape.keys, shape.key_value_heads}, {shape.keys, 1}),
+         " (one log-weight for each key), because keys is ", shape.keys_extent());
   }
 
  private:
+  [[noreturn, gnu::cold]] SURFATTN_NEVER_INLINE void fail_with(
+      std::initializer_list<Word> sentence) const {
+    std::string message = std::string("surfattn::") + function_ + ": ";
+    for (const Word& word : sentence) message += word.string();
+    if (sequence_) message += " (sequence " + std::to_string(*sequence_) + ")";
+    detail::fail(message);
+  }
+
   void check_heads(const Shape& shape) const {
     const bool valid = shape.query_heads > 0 && shape.key_value_heads > 0 &&
                        shape.query_heads % shape.key_value_heads == 0;
     if (valid) return;
-    fail("heads.query must be a positive multiple of heads.key_value, but they are " +
-         std::to_string(shape.query_heads) + " and " + std::to_string(shape.key_value_heads));
+    fail("heads.query must be a positive multiple of heads.key_value, but they are ",
+         shape.query_heads, " and ", shape.key_value_heads);
   }
 
   Index head_width(const char* argument, Extent extent, Index heads, const char* kind) const {
     if (extent.cols % heads != 0) {
-      fail(std::string(argument) + " is " + words(extent) +
-           ", and its columns do not divide into " + std::to_string(heads) + " " + kind + " heads");
+      fail(argument, " is ", extent, ", and its columns do not divide into ", heads, " ", kind,
+           " heads");
     }
     return extent.cols / heads;
   }
 
   void check_key_width(const Shape& shape, Extent queries, Extent keys, Index key_width) const {
     if (key_width == shape.head_dim) return;
-    fail("keys must be as wide per head as queries, but queries is " + words(queries) + " (" +
-         std::to_string(shape.query_heads) + " heads of width " + std::to_string(shape.head_dim) +
-         ") and keys is " + words(keys) + " (" + std::to_string(shape.key_value_heads) +
-         " heads of width " + std::to_string(key_width) + ")");
+    fail("keys must be as wide per head as queries, but queries is ", queries, " (",
+         shape.query_heads, " heads of width ", shape.head_dim, ") and keys is ", keys, " (",
+         shape.key_value_heads, " heads of width ", key_width, ")");
   }
 
   void check_sequences(const Sequences& sequences, Extent queries, Extent keys) const {
@@ -228,8 +266,8 @@ class Require {
     const Index of_queries = sequences.query_offsets().size(),
                 of_keys = sequences.key_offsets().size();
     if (of_queries != of_keys) {
-      fail("sequences must have as many offsets of keys as of queries, but has " +
-           std::to_string(of_queries) + " of queries and " + std::to_string(of_keys) + " of keys");
+      fail("sequences must have as many offsets of keys as of queries, but has ", of_queries,
+           " of queries and ", of_keys, " of keys");
     }
     check_offsets("queries", queries, sequences.query_offsets());
     check_offsets("keys", keys, sequences.key_offsets());
@@ -237,27 +275,25 @@ class Require {
 
   void check_equal_sequences(const char* argument, Extent extent, Index count) const {
     if (count >= 1 && extent.rows % count == 0) return;
-    fail(std::string(argument) + " is " + words(extent) + ", and its rows do not divide into " +
-         std::to_string(count) + " equal sequences");
+    fail(argument, " is ", extent, ", and its rows do not divide into ", count, " equal sequences");
   }
 
   /// Offsets of n sequences are n + 1 numbers from 0 to the number of rows that never decrease.
   void check_offsets(const char* argument, Extent extent, const IntegerView& offsets) const {
-    const auto fail_offsets = [&](const std::string& sentence) {
-      fail(std::string("sequences: the offsets of ") + argument + " must " + sentence);
+    const auto fail_offsets = [&](const auto&... words) {
+      fail("sequences: the offsets of ", argument, " must ", words...);
     };
     const Index last = offsets.size() - 1;
     if (last < 0) fail_offsets("be one more than the sequences, but there are none");
-    if (offsets[0] != 0) fail_offsets("begin at 0, but begin at " + std::to_string(offsets[0]));
+    if (offsets[0] != 0) fail_offsets("begin at 0, but begin at ", offsets[0]);
     for (Index s = 0; s < last; ++s) {
       if (offsets[s] <= offsets[s + 1]) continue;
-      fail_offsets("not decrease, but offset " + std::to_string(s) + " is " +
-                   std::to_string(offsets[s]) + " and offset " + std::to_string(s + 1) + " is " +
-                   std::to_string(offsets[s + 1]));
+      fail_offsets("not decrease, but offset ", s, " is ", offsets[s], " and offset ", s + 1,
+                   " is ", offsets[s + 1]);
     }
     if (offsets[last] == extent.rows) return;
-    fail_offsets("end at the number of rows, but end at " + std::to_string(offsets[last]) +
-                 " and " + argument + " is " + words(extent));
+    fail_offsets("end at the number of rows, but end at ", offsets[last], " and ", argument, " is ",
+                 extent);
   }
 
   const char* function_;

@@ -139,10 +139,10 @@ class AdditiveBias : public detail::TrainableTerm<AdditiveBias<Element>, Element
                cols = actual.cols == shape.keys || actual.cols == shape.query_heads * shape.keys;
     if (rows && cols) return check_lengths(shape, actual, require);
     require.fail(
-        "AdditiveBias is " + detail::words(actual) + " but must be " +
+        "AdditiveBias is ", actual, " but must be ",
         detail::words_of_either({shape.queries, shape.keys},
-                                {shape.queries, shape.query_heads * shape.keys}) +
-        " (queries × keys, for all heads or for each), or one row of these for all queries" +
+                                {shape.queries, shape.query_heads * shape.keys}),
+        " (queries × keys, for all heads or for each), or one row of these for all queries",
         (shape.sequences.count() > 1 ? ", or one for each query of the batch, where all sequences "
                                        "have as many keys"
                                      : ""));
@@ -156,7 +156,7 @@ class AdditiveBias : public detail::TrainableTerm<AdditiveBias<Element>, Element
     const bool have_one_length =
         shape.queries * count == shape.packed_queries && shape.keys * count == shape.packed_keys;
     if (!is_shared || have_one_length) return;
-    require.fail("AdditiveBias is " + detail::words(actual) +
+    require.fail("AdditiveBias is ", actual,
                  ", one bias for all sequences, but these differ in length");
   }
 

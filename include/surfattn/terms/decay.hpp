@@ -39,8 +39,8 @@ class ForgetGate : public detail::TrainableTerm<ForgetGate<Element>, Element> {
     const detail::Extent actual = this->parameter_extent();
     const bool rows = actual.rows == shape.keys || actual.rows == shape.packed_keys;
     if (!rows || (actual.cols != 1 && actual.cols != shape.query_heads)) {
-      require.fail("ForgetGate is " + detail::words(actual) + " but must be " +
-                   detail::words_of_either({shape.keys, shape.query_heads}, {shape.keys, 1}) +
+      require.fail("ForgetGate is ", actual, " but must be ",
+                   detail::words_of_either({shape.keys, shape.query_heads}, {shape.keys, 1}),
                    " (keys × query heads, or one for all heads)");
     }
     this->check_gradient_shape(require, "ForgetGate");
@@ -50,9 +50,8 @@ class ForgetGate : public detail::TrainableTerm<ForgetGate<Element>, Element> {
       bound.gradient_ = detail::sequence_rows(this->gradient_, shape.keys, shape.first_key);
     bound.first_position_ = detail::first_position("ForgetGate", align_, shape, require);
     if (bound.first_position_ < 0 || bound.first_position_ + shape.queries > shape.keys) {
-      require.fail("ForgetGate needs a gate at the position of every query, but queries is " +
-                   detail::words(shape.queries_extent()) + " and keys is " +
-                   detail::words(shape.keys_extent()));
+      require.fail("ForgetGate needs a gate at the position of every query, but queries is ",
+                   shape.queries_extent(), " and keys is ", shape.keys_extent());
     }
     return bound;
   }
@@ -204,9 +203,8 @@ class TimeDecay : public detail::TrainableTerm<TimeDecay<Element, Time>, Element
       times = {times.data, times.cols, 1, times.col_stride, times.col_stride};
     if (times.cols == 1 && (times.rows == count || times.rows == packed_count))
       return detail::sequence_rows(times, count, first);
-    require.fail("TimeDecay's " + std::string(name) + " must be " +
-                 detail::words_of_either({count, 1}, {1, count}) + ", but it is " +
-                 detail::words(actual));
+    require.fail("TimeDecay's ", name, " must be ", detail::words_of_either({count, 1}, {1, count}),
+                 ", but it is ", actual);
   }
 
   /// Calls use(j, |t_i − t_j|), the difference formed in the precision of the times.

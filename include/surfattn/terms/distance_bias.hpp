@@ -232,15 +232,13 @@ class RelativePositionBias : public detail::TrainableTerm<RelativePositionBias<E
     const detail::Extent actual = this->parameter_extent();
     const Index most_exact = actual.rows / (buckets_.bidirectional ? 4 : 2);
     if (actual.cols != shape.query_heads || most_exact < 1) {
-      require.fail("RelativePositionBias must have one column for each query head and at least " +
-                   std::string(buckets_.bidirectional ? "4" : "2") +
-                   " rows of buckets, but it is " + detail::words(actual) + " for " +
-                   std::to_string(shape.query_heads) + " heads");
+      require.fail("RelativePositionBias must have one column for each query head and at least ",
+                   buckets_.bidirectional ? "4" : "2", " rows of buckets, but it is ", actual,
+                   " for ", shape.query_heads, " heads");
     }
     if (buckets_.max_distance <= most_exact) {
-      require.fail("the max_distance of RelativePositionBias must exceed the " +
-                   std::to_string(most_exact) + " distances that have a bucket each, but it is " +
-                   std::to_string(buckets_.max_distance));
+      require.fail("the max_distance of RelativePositionBias must exceed the ", most_exact,
+                   " distances that have a bucket each, but it is ", buckets_.max_distance);
     }
     this->check_gradient_shape(require, "RelativePositionBias");
     return {{this->parameters_,

@@ -82,17 +82,15 @@ struct Dropout {
 
   detail::BoundDropout bind(const detail::Shape& shape, const detail::Require& require) const {
     if (!(probability >= 0 && probability < 1)) {
-      require.fail("the probability of Dropout must lie in [0, 1), but it is " +
-                   detail::words(probability));
+      require.fail("the probability of Dropout must lie in [0, 1), but it is ", probability);
     }
     constexpr std::uint64_t words = std::uint64_t(1) << 32;
     const auto fits = [](Index count) { return static_cast<std::uint64_t>(count) <= words; };
     const Index sequence = first_sequence + shape.sequence;
     if (!fits(sequence) || !fits(shape.queries) || !fits(shape.keys / 4)) {
       require.fail(
-          "Dropout counts at most 2³² sequences and queries and 2³⁴ keys, but sequence is " +
-          std::to_string(sequence) + ", queries is " + detail::words(shape.queries_extent()) +
-          " and keys is " + detail::words(shape.keys_extent()));
+          "Dropout counts at most 2³² sequences and queries and 2³⁴ keys, but sequence is ",
+          sequence, ", queries is ", shape.queries_extent(), " and keys is ", shape.keys_extent());
     }
     const auto threshold = static_cast<std::uint64_t>(std::ceil(probability * 0x1p32));
     return {detail::PhiloxKeys(key()), threshold, 1 / (1 - probability),

@@ -62,15 +62,13 @@ class SequenceLengths {
   Index of_sequence(const char* term, const Shape& shape, Extent most, const char* of_what,
                     const Require& require) const {
     if (!is_shared_ && lengths_.size() != shape.sequences.count()) {
-      require.fail(std::string(term) + " must have one length for each sequence, but it has " +
-                   std::to_string(lengths_.size()) + " and there are " +
-                   std::to_string(shape.sequences.count()) + " sequences");
+      require.fail(term, " must have one length for each sequence, but it has ", lengths_.size(),
+                   " and there are ", shape.sequences.count(), " sequences");
     }
     const Index length = is_shared_ ? length_ : lengths_[shape.sequence];
     if (length < 0 || length > most.rows) {
-      require.fail(std::string(term) + " must lie between 0 and the number of " + of_what +
-                   ", but it is " + std::to_string(length) + " and " + of_what + " is " +
-                   words(most));
+      require.fail(term, " must lie between 0 and the number of ", of_what, ", but it is ", length,
+                   " and ", of_what, " is ", most);
     }
     return length;
   }
@@ -107,8 +105,8 @@ struct SlidingWindow {
 
   detail::WindowRange bind(const detail::Shape& shape, const detail::Require& require) const {
     if (left < 0 || right < 0) {
-      require.fail("SlidingWindow must reach 0 or more keys to each side, but left is " +
-                   std::to_string(left) + " and right is " + std::to_string(right));
+      require.fail("SlidingWindow must reach 0 or more keys to each side, but left is ", left,
+                   " and right is ", right);
     }
     return {detail::first_position("SlidingWindow", align, shape, require),
             std::min(left, unlimited), std::min(right, unlimited), shape.keys};

@@ -73,9 +73,9 @@ class TrainableTerm {
   void check_one_per_head(const Require& require, const char* name, const Shape& shape) const {
     const Extent actual = parameter_extent();
     if (actual != Extent{1, shape.query_heads} && actual != Extent{shape.query_heads, 1}) {
-      require.fail(std::string(name) + " must have one number for each query head, " +
-                   words_of_either({1, shape.query_heads}, {shape.query_heads, 1}) +
-                   ", but it is " + words(actual));
+      require.fail(name, " must have one number for each query head, ",
+                   words_of_either({1, shape.query_heads}, {shape.query_heads, 1}), ", but it is ",
+                   actual);
     }
     check_gradient_shape(require, name);
   }

@@ -178,14 +178,12 @@ struct Dilated {
   std::optional<Align> align = {};
 
   detail::DilatedPairs bind(const detail::Shape& shape, const detail::Require& require) const {
-    if (stride < 1)
-      require.fail("Dilated must have a stride of at least 1, but it is " + std::to_string(stride));
+    if (stride < 1) require.fail("Dilated must have a stride of at least 1, but it is ", stride);
     if (!align && shape.queries != shape.keys) {
       require.fail(
           "Dilated must name its alignment (Align::top_left or Align::bottom_right) where "
-          "queries and keys differ in number, but queries is " +
-          detail::words(shape.queries_extent()) + " and keys is " +
-          detail::words(shape.keys_extent()));
+          "queries and keys differ in number, but queries is ",
+          shape.queries_extent(), " and keys is ", shape.keys_extent());
     }
     return {stride, detail::first_position(align.value_or(Align::top_left), shape)};
   }
@@ -227,9 +225,8 @@ class Documents {
   static void check_size(const char* ids, const detail::IntegerView& given, Index rows,
                          const char* of_what, const detail::Require& require) {
     if (given.size() == rows) return;
-    require.fail(std::string("Documents must have one ") + ids + " id for each of the " +
-                 std::to_string(rows) + " " + of_what + ", but it has " +
-                 std::to_string(given.size()));
+    require.fail("Documents must have one ", ids, " id for each of the ", rows, " ", of_what,
+                 ", but it has ", given.size());
   }
 
   detail::IntegerView query_ids_, key_ids_;
@@ -255,8 +252,8 @@ class BlockSparse {
 
   BlockSparse bind(const detail::Shape& shape, const detail::Require& require) const {
     if (block_queries_ < 1 || block_keys_ < 1) {
-      require.fail("BlockSparse must have blocks of at least 1 query and 1 key, but they are of " +
-                   detail::words({block_queries_, block_keys_}));
+      require.fail("BlockSparse must have blocks of at least 1 query and 1 key, but they are of ",
+                   detail::Extent{block_queries_, block_keys_});
     }
     const detail::Extent blocks{number_of(shape.longest_queries, block_queries_),
                                 number_of(shape.longest_keys, block_keys_)};

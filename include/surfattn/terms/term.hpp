@@ -68,10 +68,10 @@ inline Index first_position(Align align, const Shape& shape) {
 inline Index first_position(const char* term, std::optional<Align> align, const Shape& shape,
                             const Require& require) {
   if (!align && shape.queries != shape.keys) {
-    require.fail(std::string(term) +
+    require.fail(term,
                  " must name its alignment (Align::top_left or Align::bottom_right) where queries "
-                 "and keys differ in number, but queries is " +
-                 words(shape.queries_extent()) + " and keys is " + words(shape.keys_extent()));
+                 "and keys differ in number, but queries is ",
+                 shape.queries_extent(), " and keys is ", shape.keys_extent());
   }
   return first_position(align.value_or(Align::top_left), shape);
 }
