@@ -4,6 +4,7 @@
 #include <cmath>
 #include <limits>
 #include <surfattn/detail/simd/packing.hpp>
+#include <surfattn/detail/simd/softmax_gradients.hpp>
 #include <surfattn/detail/simd/weight_products.hpp>
 #include <utility>
 #include <vector>
@@ -81,7 +82,8 @@ template <class Scalar>
 Matrix<Scalar> rows_of_small_products(Index rows, Index depth, std::mt19937_64& random) {
   Matrix<Scalar> matrix = Matrix<Scalar>::Zero(rows, depth);
   for (Index i = 0; i < rows; ++i) {
-    for (Index k = 0; k < 2; ++k) matrix(i, k) = Scalar(Index(random() % 5) - 2);
+    for (Index k = 0; k < std::min<Index>(depth, 2); ++k)
+      matrix(i, k) = Scalar(Index(random() % 5) - 2);
   }
   return matrix;
 }
@@ -118,7 +120,7 @@ void check_weights(const Matrix<Scalar>& a, const Matrix<Scalar>& b) {
 }  // namespace
 
 TEMPLATE_TEST_CASE("products become powers of two and their sums", "", float, double) {
-  if constexpr (simd::makes_weights<TestType>) {
+  if constexpr (simd::overlaps_exponentials<TestType>) {
     auto random = surfattn::test::seeded_random();
     const Index panel = simd::panel_width<TestType>, kernel = simd::kernel_rows;
     for (const Index rows : {kernel, 5 * kernel}) {
@@ -128,6 +130,67 @@ TEMPLATE_TEST_CASE("products become powers of two and their sums", "", float, do
           check_weights<TestType>(rows_of_small_products<TestType>(rows, depth, random),
                                   rows_of_small_products<TestType>(cols, depth, random));
         }
+      }
+    }
+  }
+}
+
+namespace {
+
+/// All numbers are integers or powers of two, and so exact.
+template <class Scalar>
+void check_softmax_gradients(const Matrix<Scalar>& a, const Matrix<Scalar>& b,
+                             std::mt19937_64& random) {
+  const Index rows = a.rows(), cols = b.rows(), depth = a.cols(),
+              width = simd::padded<Scalar>(cols);
+  const Workspace workspace(1 << 20);
+  Arena arena(workspace);
+  Scalar* const left = arena.take<Scalar>(simd::packed_left_size<Scalar>(rows, depth));
+  Scalar* const right = arena.take<Scalar>(width * depth);
+  Scalar* const totals = arena.take<Scalar>(width);
+  Scalar* const numbers = arena.take<Scalar>(2 * rows * width);
+  auto* const of_rows = arena.take<simd::SoftmaxGradientRow<Scalar>>(rows);
+  Eigen::Map<Matrix<Scalar>> gradients(numbers, rows, width),
+      scores(numbers + rows * width, rows, width);
+  simd::pack_left(view(a), Scalar(1), left);
+  simd::pack_transposed(view(b), right);
+  const auto small = [&](Index count) { return Scalar(Index(random() % count) - 2); };
+  Matrix<Scalar> raw(rows, width), weights(rows, width);
+  Matrix<Scalar> expected = surfattn::test::times(a, Matrix<Scalar>(b.transpose()));
+  for (Index i = 0; i < rows; ++i) {
+    of_rows[i] = {small(4), small(5)};
+    for (Index j = 0; j < width; ++j) {
+      raw(i, j) = small(4);
+      weights(i, j) = std::exp2(raw(i, j) - of_rows[i].log_sum);
+      if (j < cols) expected(i, j) = weights(i, j) * (expected(i, j) - of_rows[i].mean);
+    }
+  }
+  for (const bool sums : {false, true}) {
+    std::fill(totals, totals + width, Scalar(3));
+    scores = raw;
+    simd::set_softmax_gradients<Scalar>(rows, cols, depth, simd::packed_left(left, depth, 0, rows),
+                                        {right, depth * simd::panel_width<Scalar>},
+                                        {gradients.data(), width}, of_rows,
+                                        {rows * width, sums ? totals : nullptr});
+    CHECK(scores.leftCols(cols) == weights.leftCols(cols));
+    CHECK(gradients.leftCols(cols) == expected);
+    for (Index j = 0; j < cols; ++j)
+      CHECK(totals[j] == (sums ? expected.col(j).sum() : Scalar(0)) + 3);
+  }
+}
+
+}  // namespace
+
+TEMPLATE_TEST_CASE("the backward of a softmax follows its product", "", float, double) {
+  auto random = surfattn::test::seeded_random();
+  const Index panel = simd::panel_width<TestType>, kernel = simd::kernel_rows;
+  for (const Index rows : {Index(1), kernel - 1, kernel, kernel + 1, 5 * kernel + 2}) {
+    for (const Index cols : {Index(1), panel - 1, panel, panel + panel / 2, 3 * panel + 1}) {
+      for (const Index depth : {0, 2, 31, 33, 100}) {
+        INFO(rows << " x " << depth << " by " << depth << " x " << cols);
+        check_softmax_gradients<TestType>(rows_of_small_products<TestType>(rows, depth, random),
+                                          rows_of_small_products<TestType>(cols, depth, random),
+                                          random);
       }
     }
   }

@@ -9,36 +9,41 @@
 #include <surfattn/surfattn.hpp>
 
 /// `prefix` is `extern` where they are used, and nothing where they are compiled.
-#define SURFATTN_TEST_KERNELS(prefix, Scalar)                                                 \
-  prefix template void simd::set_dot_products(const simd::DotProducts<Scalar, Scalar>&,       \
-                                              simd::ProductAhead<Scalar>&);                   \
-  prefix template void simd::set_rows_products(const simd::RowsProducts<Scalar, Scalar>&,     \
-                                               simd::ProductAhead<Scalar>&);                  \
-  prefix template void simd::squared_norms_by_columns(MatrixView<const Scalar>, Scalar*);     \
-  prefix template void simd::product<simd::Store::set>(                                       \
-      Index, Index, Index, const simd::ColumnsOperand<Scalar>&, simd::Panels<Scalar>,         \
-      simd::Tile<Scalar>, const simd::Finish<Scalar>&);                                       \
-  prefix template void simd::product<simd::Store::set>(                                       \
-      Index, Index, Index, const simd::ColumnsOperand<Scalar>&, simd::Panels<Scalar>,         \
-      simd::Tile<Scalar>, const simd::WeightFinish<Scalar>&);                                 \
-  prefix template void simd::product<simd::Store::add>(                                       \
-      Index, Index, Index, const simd::ColumnsOperand<Scalar>&, simd::Panels<Scalar>,         \
-      simd::Tile<Scalar>, const simd::Finish<Scalar>&);                                       \
-  prefix template void simd::product<simd::Store::add>(                                       \
-      Index, Index, Index, const simd::RowsOperand<Scalar>&, simd::Panels<Scalar>,            \
-      simd::Tile<Scalar>, const simd::Finish<Scalar>&);                                       \
-  prefix template void simd::pack_left<Scalar>(MatrixView<const Scalar>, Scalar, Scalar*);    \
-  prefix template void simd::pack_rows(MatrixView<const Scalar>, Scalar, Scalar*);            \
-  prefix template void simd::pack_transposed(MatrixView<const Scalar>, Scalar*);              \
-  prefix template void simd::pack_panels(MatrixView<const Scalar>, Scalar, Scalar*, Index,    \
-                                         simd::NonFiniteRows&, Scalar*);                      \
-  prefix template void simd::row_products(MatrixView<const Scalar>, MatrixView<const Scalar>, \
-                                          Scalar*);                                           \
-  prefix template void simd::squared_norms(MatrixView<const Scalar>, Scalar*);                \
-  prefix template void simd::softmax_gradient_row(Scalar*, Scalar*, Index, Scalar, Scalar,    \
-                                                  Scalar*);                                   \
-  prefix template Scalar simd::exp2_row(Scalar*, Index, Scalar);                              \
-  prefix template class StreamProducts<Scalar>;                                               \
+#define SURFATTN_TEST_KERNELS(prefix, Scalar)                                                  \
+  prefix template void simd::set_dot_products(const simd::DotProducts<Scalar, Scalar>&,        \
+                                              simd::ProductAhead<Scalar>&);                    \
+  prefix template void simd::set_rows_products(const simd::RowsProducts<Scalar, Scalar>&,      \
+                                               simd::ProductAhead<Scalar>&);                   \
+  prefix template void simd::squared_norms_by_columns(MatrixView<const Scalar>, Scalar*);      \
+  prefix template void simd::product<simd::Store::set>(                                        \
+      Index, Index, Index, const simd::ColumnsOperand<Scalar>&, simd::Panels<Scalar>,          \
+      simd::Tile<Scalar>, const simd::Finish<Scalar>&);                                        \
+  prefix template void simd::product<simd::Store::set>(                                        \
+      Index, Index, Index, const simd::ColumnsOperand<Scalar>&, simd::Panels<Scalar>,          \
+      simd::Tile<Scalar>, const simd::OverlappedFinish<Scalar, simd::WeighRows<Scalar>>&);     \
+  prefix template void simd::product<simd::Store::set>(                                        \
+      Index, Index, Index, const simd::ColumnsOperand<Scalar>&, simd::Panels<Scalar>,          \
+      simd::Tile<Scalar>,                                                                      \
+      const simd::OverlappedFinish<Scalar, simd::DifferentiateSoftmax<Scalar>>&);              \
+  prefix template void simd::product<simd::Store::add>(                                        \
+      Index, Index, Index, const simd::ColumnsOperand<Scalar>&, simd::Panels<Scalar>,          \
+      simd::Tile<Scalar>, const simd::Finish<Scalar>&);                                        \
+  prefix template void simd::product<simd::Store::add>(                                        \
+      Index, Index, Index, const simd::RowsOperand<Scalar>&, simd::Panels<Scalar>,             \
+      simd::Tile<Scalar>, const simd::Finish<Scalar>&);                                        \
+  prefix template void simd::pack_left<Scalar>(MatrixView<const Scalar>, Scalar, Scalar*);     \
+  prefix template void simd::pack_rows(MatrixView<const Scalar>, Scalar, Scalar*);             \
+  prefix template void simd::pack_transposed(MatrixView<const Scalar>, Scalar*);               \
+  prefix template void simd::pack_panels(MatrixView<const Scalar>, Scalar, Scalar*, Index,     \
+                                         simd::NonFiniteRows&, Scalar*);                       \
+  prefix template void simd::row_products(MatrixView<const Scalar>, MatrixView<const Scalar>,  \
+                                          Scalar*);                                            \
+  prefix template void simd::squared_norms(MatrixView<const Scalar>, Scalar*);                 \
+  prefix template void simd::differentiate_softmax(Index, Index, simd::Tile<Scalar>,           \
+                                                   const simd::SoftmaxGradientRow<Scalar>*,    \
+                                                   const simd::DifferentiateSoftmax<Scalar>&); \
+  prefix template Scalar simd::exp2_row(Scalar*, Index, Scalar);                               \
+  prefix template class StreamProducts<Scalar>;                                                \
   prefix template class BackwardBlock<Scalar>
 
 /// Both passes of both forms with the given terms, one or none.

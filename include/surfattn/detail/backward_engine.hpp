@@ -7,6 +7,7 @@
 #include <memory>
 #include <surfattn/detail/operands.hpp>
 #include <surfattn/detail/score_tile.hpp>
+#include <surfattn/detail/simd/softmax_gradients.hpp>
 #include <surfattn/detail/term_gradients.hpp>
 #include <surfattn/detail/tiling.hpp>
 #include <surfattn/workspace.hpp>
@@ -48,6 +49,7 @@ struct BackwardBuffers {
   PackedTile<Accumulator> grad_out;
   Accumulator* log_sum_exp;
   Accumulator* delta;
+  simd::SoftmaxGradientRow<Accumulator>* softmax_rows;
   Accumulator* grad_queries;
   Accumulator* weights;
   Accumulator* grad_scores;
@@ -91,6 +93,7 @@ struct BackwardBuffers {
     grad_out.non_finite = arena.take<Index>(rows);
     log_sum_exp = arena.take<Accumulator>(rows);
     delta = arena.take<Accumulator>(rows);
+    softmax_rows = arena.take<simd::SoftmaxGradientRow<Accumulator>>(rows);
     grad_queries = arena.take<Accumulator>(rows * key_stride);
   }
 };
@@ -176,18 +179,6 @@ class BackwardBlock {
     load_deltas(run, grad_out, out_rows(upstream_.out, run));
     std::fill(buffers_.grad_queries, buffers_.grad_queries + run.queries * buffers_.key_stride,
               Accumulator(0));
-  }
-
-  /// S → W = 2^(S − L) and dP → dS = W∘(dP − D), in place, and c_j += Σ_i dS_ij where there is a place
-  /// for it.
-  void differentiate_softmax(const Tile& tile, Index row, simd::Tile<Accumulator> weights,
-                             simd::Tile<Accumulator> grad_scores, Accumulator* bias_gradient) {
-    const Index padded_keys = simd::padded<Accumulator>(tile.keys);
-    for (Index i = 0; i < tile.queries; ++i) {
-      simd::softmax_gradient_row(
-          weights.data + i * weights.row_stride, grad_scores.data + i * grad_scores.row_stride,
-          padded_keys, buffers_.log_sum_exp[row + i], buffers_.delta[row + i], bias_gradient);
-    }
   }
 
   /// Returns when the item before this one at the same keys has passed these queries with all its
@@ -278,6 +269,8 @@ class BackwardBlock {
     simd::row_products(grad_out, out, buffers_.delta);
     for (Index i = 0; upstream_.grad_log_sum_exp && i < tile.queries; ++i)
       buffers_.delta[i] -= upstream_.grad_log_sum_exp_of(tile.first_query + i, tile.head);
+    for (Index i = 0; i < tile.queries; ++i)
+      buffers_.softmax_rows[i] = {buffers_.log_sum_exp[i], buffers_.delta[i]};
   }
 
   /// dk_j += 2w·c_j·k_j. A key that nobody sees has c_j = 0, and then whatever it holds must not
@@ -378,19 +371,11 @@ class BackwardTask : BackwardBlock<Scalar> {
                simd::packed_left(buffers_.queries.columns, shape_.head_dim, row, tile.queries),
                keys.transposed_keys + offset * shape_.head_dim, keys.key_bias + offset, weights);
     finish_scores(operands_, terms_, tile, weights, term_task_.records());
-    const Index value_depth = operands_.values_are_keys ? shape_.head_dim : shape_.value_dim;
-    simd::set_product<Accumulator>(
-        tile.queries, tile.keys, shape_.value_dim,
-        simd::packed_left(buffers_.grad_out.columns, shape_.value_dim, row, tile.queries),
-        {keys.transposed_values + offset * value_depth,
-         value_depth * simd::panel_width<Accumulator>},
-        grad_scores);
-    term_task_.drop_gradients(tile, grad_scores);
     Accumulator* const bias_gradient =
         this->wants_key_bias() ? keys.grad_key_bias + offset : nullptr;
     const bool is_final = is_left_by_softmax(tile, coverage, key_tile, offset);
-    this->differentiate_softmax(tile, row, weights, grad_scores,
-                                is_final ? bias_gradient : nullptr);
+    differentiate_softmax(tile, row, keys, offset, grad_scores,
+                          {weights.data - grad_scores.data, is_final ? bias_gradient : nullptr});
     if (coverage == Coverage::partial) {
       // By selection, and last: a row whose score is NaN in sight of one key has NaN for every weight.
       terms_.hide(tile, weights.data, weights.row_stride, Accumulator(0));
@@ -402,6 +387,26 @@ class BackwardTask : BackwardBlock<Scalar> {
     for (Index i = 0; bias_gradient && !is_final && i < tile.queries; ++i)
       simd::add_row(grad_scores.from(i).data, bias_gradient, tile.keys);
     add_to_gradients(tile, row, weights, grad_scores, key_tile, offset);
+  }
+
+  /// dP = dO·Vᵀ, then S → W = 2^(S − L) and dP → dS = W∘(dP − D) in place.
+  void differentiate_softmax(const Tile& tile, Index row, const KeyTileBuffers<Accumulator>& keys,
+                             Index offset, simd::Tile<Accumulator> grad_scores,
+                             const simd::DifferentiateSoftmax<Accumulator>& work) {
+    const Index dim = shape_.value_dim,
+                value_depth = operands_.values_are_keys ? shape_.head_dim : dim;
+    const auto grad_out = simd::packed_left(buffers_.grad_out.columns, dim, row, tile.queries);
+    const simd::Panels<Accumulator> values{keys.transposed_values + offset * value_depth,
+                                           value_depth * simd::panel_width<Accumulator>};
+    const auto* const rows = buffers_.softmax_rows + row;
+    if constexpr (Terms::drops_weights) {
+      simd::set_product(tile.queries, tile.keys, dim, grad_out, values, grad_scores);
+      term_task_.drop_gradients(tile, grad_scores);
+      simd::differentiate_softmax(tile.queries, tile.keys, grad_scores, rows, work);
+    } else {
+      simd::set_softmax_gradients(tile.queries, tile.keys, dim, grad_out, values, grad_scores, rows,
+                                  work);
+    }
   }
 
   /// Whether dS stays as the softmax leaves it, and the columns that pad it stand for no other keys.

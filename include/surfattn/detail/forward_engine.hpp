@@ -61,8 +61,8 @@ class ForwardTask {
 
   /// Bounds cost the norms of all keys.
   static constexpr Index fewest_for_bounds = 128;
-  static constexpr bool can_bound_scores =
-      !Terms::needs_whole_scores && !Terms::has_biases && simd::makes_weights<packed_t<Scalar>>;
+  static constexpr bool can_bound_scores = !Terms::needs_whole_scores && !Terms::has_biases &&
+                                           simd::overlaps_exponentials<packed_t<Scalar>>;
 
  public:
   ForwardTask(const Operands<Scalar>& operands, const Terms& terms, const Tiling& tiling,
@@ -215,7 +215,8 @@ class ForwardTask {
     return bounded;
   }
 
-  /// The same without a look at the scores, where these are bounded and nothing changes or hides them.
+  /// Scores → weights, without a look at the scores between: where these are bounded and nothing changes
+  /// or hides them.
   void take_bounded_weights(const Tile& tile, Index offset, simd::Tile<Accumulator> weights) {
     const Index first = row_of(tile), count = tile.queries, depth = buffers_.depth;
     const auto outs = buffers_.outs.from(first);

@@ -140,31 +140,6 @@ void add_scaled_row(const Scalar* row, Scalar factor, Scalar* totals, Index coun
   }
 }
 
-/// The backward of a softmax along a row, over a whole number of panels: scores ← W = 2^(scores −
-/// log_sum) and gradients ← W∘(gradients − mean), which is added to `totals` unless that is null.
-template <class Scalar>
-void softmax_gradient_row(Scalar* scores, Scalar* gradients, Index count, Scalar log_sum,
-                          Scalar mean, Scalar* totals) {
-  const auto subtrahend = broadcast(log_sum), mean_gradient = broadcast(mean);
-  const Exp2Origin<Scalar> origin(Scalar(0));
-  for_packets<Scalar>(count, [&]<int Count>(Index first) {
-    Packet<Scalar> weights[Count];
-    SURFATTN_UNROLL
-    for (int p = 0; p < Count; ++p) {
-      weights[p] = subtract(load(scores + first + p * lanes<Scalar>), subtrahend);
-    }
-    exp2<Scalar>(weights, origin);
-    SURFATTN_UNROLL
-    for (int p = 0; p < Count; ++p) {
-      const Index j = first + p * lanes<Scalar>;
-      const auto gradient = multiply(weights[p], subtract(load(gradients + j), mean_gradient));
-      store(scores + j, weights[p]);
-      store(gradients + j, gradient);
-      if (totals) store(totals + j, add(load(totals + j), gradient));
-    }
-  });
-}
-
 /// row ← factor·row + addends over whole packets that hold `count` numbers.
 template <class Scalar>
 void scale_and_add_row(const Scalar* addends, Scalar factor, Scalar* row, Index count) {

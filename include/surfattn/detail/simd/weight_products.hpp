@@ -4,7 +4,7 @@
 
 #include <algorithm>
 #include <surfattn/detail/simd/exp2.hpp>
-#include <surfattn/detail/simd/tile_products.hpp>
+#include <surfattn/detail/simd/overlapped_work.hpp>
 #include <surfattn/workspace.hpp>
 
 namespace surfattn::detail::simd {
@@ -41,66 +41,21 @@ struct WeighedRow {
   Scalar sum() const { return simd::sum(add(load(sums), load(sums + lanes<Scalar>))); }
 };
 
-/// Scores that become weights, whose exponents must be within the range of exp2_in_range. While a kernel
-/// multiplies and adds, the scores of the one before, which are in the first-level cache, become weights:
-/// most of that are operations that other parts of a core do meanwhile. Where another thread shares the
-/// core every instruction counts: what is done for a row is counted by one pointer.
-template <class Element>
-class WeightFinish {
-  using Sum = sum_t<Element>;
+/// Makes weights of scores whose exponents are within the range of exp2_in_range, and asks for the bytes at
+/// `ahead` meanwhile: `step` of them for each row of a panel.
+template <class Scalar>
+struct WeighRows {
+  using Row = WeighedRow<Scalar>;
 
- public:
-  static constexpr bool whole_kernels = true;
+  const char* ahead;
+  Index step;
 
-  /// Asks for `ahead` meanwhile: `step` bytes of it for each row of a panel.
-  WeightFinish(const Finish<Element>& scores, WeighedRow<Sum>* rows, const void* ahead, Index step)
-      : scores_(scores), rows_(rows), ahead_(static_cast<const char*>(ahead)), step_(step) {}
-
-  SURFATTN_ALWAYS_INLINE const Sum* start() const { return scores_.start(); }
-
-  template <int Rows, int Packets>
-  SURFATTN_ALWAYS_INLINE void take(Index row, Accumulators<Rows, Packets, Element>& product,
-                                   const Tile<Sum>& c) {
-    complete();
-    scores_.take(row, product, c);
-    left_ = c, next_ = rows_ + row, end_ = next_ + Rows;
+  SURFATTN_ALWAYS_INLINE void operator()(Row& row, Scalar* panel, Index) {
+    __builtin_prefetch(ahead);
+    ahead += step;
+    row.weigh_in_range(panel);
   }
-
-  SURFATTN_ALWAYS_INLINE void work() {
-    if (next_ == end_) return;
-    __builtin_prefetch(ahead_);
-    ahead_ += step_;
-    next_->weigh_in_range(left_.data);
-    left_.data += left_.row_stride, ++next_;
-  }
-
-  SURFATTN_ALWAYS_INLINE void complete() {
-    if (next_ == end_) return;
-    weigh_rest(left_, next_, end_);
-    next_ = end_;
-  }
-
-  SURFATTN_ALWAYS_INLINE void to_next_panel() { scores_.to_next_panel(); }
-
- private:
-  SURFATTN_NEVER_INLINE static void weigh_rest(Tile<Sum> scores, WeighedRow<Sum>* row,
-                                               WeighedRow<Sum>* end) {
-    for (; row != end; ++row, scores.data += scores.row_stride) row->weigh_in_range(scores.data);
-  }
-
-  Finish<Element> scores_;
-  WeighedRow<Sum>* rows_;
-  const char* ahead_;
-  Index step_;
-  Tile<Sum> left_{};  ///< the scores that are left to do, in one panel
-  WeighedRow<Sum>*next_ = nullptr, *end_ = nullptr;
 };
-
-/// Whether products may become weights: not where they are summed in parts, on targets whose exponentials
-/// take longer than what they wait for, nor without vectors, where an origin does not only scale them.
-template <class Element>
-inline constexpr bool makes_weights =
-    !broadcasts_by_shuffling<Element> && lanes<sum_t<Element>> > 1;
 
 /// The rows of one panel, of which `cols` columns are scores and the others become 0.
 template <class Scalar>
@@ -122,12 +77,14 @@ template <class Element, class Left>
 void set_weights(Index count, Index cols, Index depth, const Left& a, Panels<Element> b,
                  Tile<sum_t<Element>> c, Finish<Element> scores, WeighedRow<sum_t<Element>>* rows,
                  const void* ahead, Index ahead_bytes) {
-  static_assert(makes_weights<Element>);
+  static_assert(overlaps_exponentials<Element>);
   constexpr Index width = panel_width<Element>;
   const Index panels = cols / width, whole = panels * width;
   const Index step = ahead_bytes / std::max<Index>(panels * count, 1);
-  product<Store::set>(count, whole, depth, a, b, c,
-                      WeightFinish<Element>(scores, rows, ahead, step));
+  using Work = WeighRows<sum_t<Element>>;
+  product<Store::set>(
+      count, whole, depth, a, b, c,
+      OverlappedFinish<Element, Work>(scores, rows, Work{static_cast<const char*>(ahead), step}));
   if (whole == cols) return;
   b.data += panels * b.panel_stride, c.data += whole, scores.bias += whole;
   product<Store::set>(count, cols - whole, depth, a, b, c, scores);
