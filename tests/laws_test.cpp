@@ -172,7 +172,7 @@ Result tiled_in(const Problem& p, const detail::Tiling* forward, const detail::T
     return detail::bind_terms(sequence, require, surfattn::Causal{surfattn::Align::bottom_right});
   };
   const auto forward_tiling = forward ? *forward : detail::forward_tiling<S>(shape, 1);
-  const auto backward_tiling = backward ? *backward : detail::backward_tiling<S>(shape);
+  const auto backward_tiling = backward ? *backward : detail::backward_tiling<S>(shape, 1);
 
   Forward<S> f{detail::matrix<S>(shape.out_extent()),
                detail::matrix<S>(shape.log_sum_exp_extent())};
@@ -977,7 +977,8 @@ TEMPLATE_TEST_CASE("A hidden key is a key that is not there", "[laws]", float, d
 
 void cutting_into_tiles(const Problem& p) {
   constexpr detail::Tiling forward[] = {{1, 1, 1}, {3, 5, 7}, {48, 64, 96}, {300, 600, 900}};
-  constexpr detail::Tiling backward[] = {{1, 1, 1}, {5, 3, 11}, {16, 64, 256}, {600, 300, 1200}};
+  constexpr detail::Tiling backward[] = {
+      {1, 1, 1, 1}, {5, 3, 12, 6}, {16, 64, 256, 128}, {600, 300, 1200, 1200}};
   const Result expected = p.evaluator->tiled(p, nullptr, nullptr);
   for (int n = 0; n < 4; ++n) {
     CAPTURE(n);

@@ -127,7 +127,7 @@ TEST_CASE("what a pattern leaves empty is not computed", "[patterns]") {
   shape.head_dim = shape.value_dim = 4;
   for (const bool backward : {false, true}) {
     CAPTURE(backward);
-    const Index query_tile = backward ? detail::backward_tiling<float>(shape).query_tile
+    const Index query_tile = backward ? detail::backward_tiling<float>(shape, 1).query_tile
                                       : detail::forward_tiling<float>(shape, 1).query_tile;
     REQUIRE(query_tile < 256);
     const auto expected = [&](const auto& sees) {

@@ -364,3 +364,27 @@ TEST_CASE("a gradient that many heads add to has the same bits on any number of 
   const auto alone = gradient(nullptr);
   for (int n = 0; n < 20; ++n) CHECK(same_bits(alone, gradient(&pool)));
 }
+
+TEST_CASE("gradients have the same bits whether a thread takes all keys or some at a time") {
+  std::mt19937_64 random = seeded_random();
+  const Problem<float> p({150, 1100, 4, 4}, random);
+  const Align align = Align::top_left;
+  // every query sees all keys
+  const Matrix<float> tau = Matrix<float>::Constant(1, 1, 0.7f), slopes = tau / 1000,
+                      gates = random_matrix<float>(1100, 1, random) / 1000;
+  const auto gradients = [&](Executor* executor) {
+    const SurfaceOptions options{.executor = executor};
+    const auto run = [&](const auto&... terms) {
+      const auto f = project_forward(p.queries, p.keys, options, terms...);
+      return project_backward(p.queries, p.keys, f, p.grad_projection, options, terms...);
+    };
+    const auto g = run(Temperature{tau}, Alibi{slopes, align}, ForgetGate{gates, align});
+    return std::tuple_cat(std::tuple(g.queries, g.keys), g.terms);
+  };
+  ThreadPool pool(2);
+  const auto alone = gradients(nullptr), shared = gradients(&pool);
+  [&]<std::size_t... n>(std::index_sequence<n...>) {
+    for (const bool same : {same_bits(std::get<n>(alone), std::get<n>(shared))...}) CHECK(same);
+  }
+  (std::make_index_sequence<std::tuple_size_v<decltype(alone)>>());
+}

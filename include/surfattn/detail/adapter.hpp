@@ -124,7 +124,8 @@ std::size_t workspace_size(Pass pass, const Shape& batch, bool values_are_keys,
                            const Terms&... terms) {
   if (pass == Pass::forward) return forward_workspace_room<Scalar>(batch, executor);
   const auto bind = term_binder(batch, require, terms...);
-  const BackwardPlanner<Scalar, decltype(bind)> planner{values_are_keys, bind};
+  const BackwardPlanner<Scalar, decltype(bind)> planner{concurrency(executor), values_are_keys,
+                                                        bind};
   return query_sum_bytes<Scalar>(batch) + work_plan(batch, planner, executor).workspace_size();
 }
 
@@ -229,7 +230,8 @@ void run_backward(const Operands<Scalar>& operands, const Upstream<Scalar>& upst
                   const Terms&... terms) {
   const Shape& shape = operands.shape;
   const auto bind = term_binder(operands, require, terms...);
-  const BackwardPlanner<Scalar, decltype(bind)> planner{operands.values_are_keys, bind};
+  const BackwardPlanner<Scalar, decltype(bind)> planner{concurrency(executor),
+                                                        operands.values_are_keys, bind};
   const WorkPlan plan = work_plan(shape, planner, executor);
   require.shape("forward.out", extent(upstream.out), shape.out_extent(),
                 "queries × query heads · value width");

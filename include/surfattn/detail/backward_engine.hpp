@@ -39,8 +39,6 @@ struct KeyTileBuffers {
 /// Buffers of one task; over an empty arena, their size.
 template <class Accumulator>
 struct BackwardBuffers {
-  static constexpr Index max_key_tiles = 4;
-
   Index key_stride;
   Index value_stride;
   Index score_stride;
@@ -177,8 +175,6 @@ class BackwardBlock {
     grad_out_of_run_ = pack_row_operand(grad_out, Accumulator(1), buffers_.grad_out.panels,
                                         buffers_.grad_out.non_finite);
     load_deltas(run, grad_out, out_rows(upstream_.out, run));
-    std::fill(buffers_.grad_queries, buffers_.grad_queries + run.queries * buffers_.key_stride,
-              Accumulator(0));
   }
 
   /// Returns when the item before this one at the same keys has passed these queries with all its
@@ -229,7 +225,7 @@ class BackwardBlock {
   Index key_value_head_;
   Index first_key_;
   Turns turns_;
-  RowOperand<Scalar> keys_of_tile_[BackwardBuffers<Accumulator>::max_key_tiles]{};
+  RowOperand<Scalar> keys_of_tile_[max_key_tiles]{};
   RowOperand<Scalar> queries_of_run_{}, grad_out_of_run_{};
 
  private:
@@ -335,30 +331,45 @@ class BackwardTask : BackwardBlock<Scalar> {
       Block::key_value_head_, Block::keys_of, Block::keys_of_tile_, Block::operands_,
       Block::queries_of_run_, Block::shape_, Block::tiling_, Block::turns_;
 
-  /// All tiles of one run of queries. The queries are packed when the first tile that is not empty
-  /// needs them.
+  /// All tiles of one run of queries.
   void visit_queries(Index head, Index first_query, Index queries, Index turn) {
+    const Index tiles = tiling_.addend / tiling_.key_tile;
     bool packed = false;
-    for (Index n = 0; n < key_tiles(); ++n) {
-      const Tile whole{head, first_query, queries, first_key_of(n), keys_of(n)};
-      terms_.each_part(whole, simd::left_width<Accumulator>, simd::panel_width<Accumulator>,
-                       [&](const Tile& tile, Coverage coverage) {
-                         if (!packed) load_queries(whole);
-                         packed = true;
-                         visit_tile(tile, coverage, tile.first_query - first_query, n);
-                       });
+    for (Index n = 0; n < key_tiles(); n += tiles) {
+      const Tile run{head, first_query, queries, first_key_of(n), 0};
+      visit_addend(run, n, std::min(n + tiles, key_tiles()), turn, packed);
     }
-    turns_.wait_for(turn);
-    if (packed) this->add_to_grad_queries(head, first_query, queries);
-    if (packed) term_task_.end_run(head, first_query, queries);
     // Tile or no tile, so that whoever waits for this waits for all.
+    turns_.wait_for(turn);
     this->wait_for_same_keys(first_query);
     turns_.pass(turn);
   }
 
-  void load_queries(const Tile& run) {
-    Block::load_queries(run, !Terms::needs_whole_scores);
-    term_task_.begin_run(run.queries);
+  /// The key tiles that give one addend of dQ. The queries are packed when the first tile that is not
+  /// empty needs them.
+  void visit_addend(const Tile& run, Index first_tile, Index end, Index turn, bool& packed) {
+    bool begun = false;
+    for (Index n = first_tile; n < end; ++n) {
+      const Tile whole{run.head, run.first_query, run.queries, first_key_of(n), keys_of(n)};
+      terms_.each_part(whole, simd::left_width<Accumulator>, simd::panel_width<Accumulator>,
+                       [&](const Tile& tile, Coverage coverage) {
+                         if (!packed) Block::load_queries(run, !Terms::needs_whole_scores);
+                         if (!begun) begin_addend(run);
+                         packed = begun = true;
+                         visit_tile(tile, coverage, tile.first_query - run.first_query, n);
+                       });
+    }
+    if (!begun) return;
+    turns_.wait_for(turn);
+    this->add_to_grad_queries(run.head, run.first_query, run.queries);
+    term_task_.end_run(run.head, run.first_query, run.queries);
+  }
+
+  void begin_addend(const Tile& run) {
+    std::fill(buffers_.grad_queries, buffers_.grad_queries + run.queries * buffers_.key_stride,
+              Accumulator(0));
+    const Index of_head = blocks(shape_.keys, tiling_.addend);
+    term_task_.begin_run(key_value_head_ * of_head + run.first_key / tiling_.addend, run.queries);
   }
 
   /// `row` is the tile's first row within the run of queries.
@@ -434,7 +445,7 @@ class BackwardTask : BackwardBlock<Scalar> {
   }
 
   const Terms& terms_;
-  const TermTask<Scalar, Terms>& term_task_;
+  TermTask<Scalar, Terms> term_task_;
 };
 
 template <class Scalar>
@@ -462,7 +473,7 @@ struct BackwardPlan {
         values_are_keys(shared),
         tiling(cut),
         items(shape.key_value_heads * blocks(shape.keys, tiling.block)),
-        sums(terms, shape, items, shared) {
+        sums(terms, shape, shape.key_value_heads * blocks(shape.keys, tiling.addend), shared) {
     Arena counter;
     BackwardBuffers<Accumulator>(counter, shape, tiling, values_are_keys);
     TermBuffers<Accumulator, Terms>(counter, tiling);
@@ -530,9 +541,8 @@ void backward(const Operands<Scalar>& operands, const Terms& terms,
   BackwardBuffers<Accumulator> buffers(own, plan.shape, plan.tiling, plan.values_are_keys);
   TermBuffers<Accumulator, Terms> term_buffers(own, plan.tiling);
   items([&](Index item) {
-    const TermTask<Scalar, Terms> term_task(plan.shape, terms, term_buffers, sums, item);
     BackwardTask<Scalar, Terms>(operands, terms, plan.tiling, upstream, gradients, buffers,
-                                term_task, item / blocks_per_head,
+                                {plan.shape, terms, term_buffers, sums}, item / blocks_per_head,
                                 item % blocks_per_head * plan.tiling.block,
                                 turns_of(item, terms, plan, shared))
         .run();

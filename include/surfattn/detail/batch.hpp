@@ -36,13 +36,14 @@ struct ForwardPlanner {
 /// `Bind` gives the terms of a sequence, for what they need to be planned for.
 template <class Scalar, class Bind>
 struct BackwardPlanner {
+  Index concurrency;
   bool values_are_keys;
   const Bind& bind;
 
   template <class Use>
   void operator()(const Shape& sequence, const Use& use) const {
-    use(BackwardPlan<Scalar>(sequence, backward_tiling<Scalar>(sequence), values_are_keys,
-                             bind(sequence)));
+    use(BackwardPlan<Scalar>(sequence, backward_tiling<Scalar>(sequence, concurrency),
+                             values_are_keys, bind(sequence)));
   }
 };
 

@@ -82,7 +82,8 @@ struct TermBuffers {
   }
 };
 
-/// The terms' part in one item of a backward pass. For each tile, in this order:
+/// The terms' part in one task of a backward pass, whose items are the keys of one addend of dQ each. For
+/// each tile, in this order:
 ///
 ///     S → modifiers → + biases                       finish_scores
 ///     O = (W∘M)·V        dW = M∘dP                   drop_gradients (before dS = W∘(dW − D))
@@ -97,12 +98,14 @@ class TermTask {
 
  public:
   TermTask(const Shape& shape, const Terms& terms, TermBuffers<Accumulator, Terms>& buffers,
-           const TermSums<Accumulator>& totals, Index item)
-      : shape_(shape), terms_(terms), buffers_(buffers), totals_(totals), item_(item) {}
+           const TermSums<Accumulator>& totals)
+      : shape_(shape), terms_(terms), buffers_(buffers), totals_(totals) {}
 
   const TermRecords<Accumulator, Terms::records>& records() const { return buffers_.records; }
 
-  void begin_run(Index queries) const {
+  /// Before the tiles of one item and one run of queries.
+  void begin_run(Index item, Index queries) {
+    item_ = item;
     if constexpr (Terms::is_trainable)
       std::fill(buffers_.row_sums, buffers_.row_sums + queries, Accumulator(0));
     if constexpr (Terms::needs_whole_scores)
@@ -192,7 +195,7 @@ class TermTask {
   const Terms& terms_;
   TermBuffers<Accumulator, Terms>& buffers_;
   const TermSums<Accumulator>& totals_;
-  Index item_;
+  Index item_ = 0;
 };
 
 /// d logit_h = −Σ_i exp(logit_h − L_i)·D_i, with D_i = dO_i·O_i − dL_i: a sink is a key whose value is 0.

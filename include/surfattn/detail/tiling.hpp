@@ -3,6 +3,8 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
+#include <cstddef>
 #include <surfattn/detail/require.hpp>
 #include <surfattn/detail/simd/tile_products.hpp>
 
@@ -15,15 +17,22 @@ struct Tiling {
   Index query_tile;  ///< whole panels of a left operand (simd::left_width), or the whole block
   Index key_tile;
   Index block;  ///< queries (forward) or keys (backward) of one task
+  /// Backward: so many keys of a block, a whole number of tiles, give one addend of dQ.
+  Index addend = 0;
 };
 
+constexpr Index blocks(Index count, Index block) { return (count + block - 1) / block; }
+
+/// Numbers of a packed tile that take a quarter of a second-level cache of 1 MiB.
+template <class Scalar>
+inline constexpr Index tile_numbers = (Index(1) << 18) / static_cast<Index>(sizeof(Scalar));
+
 /// `wanted` keys of the given width, or fewer where they are so wide that a packed tile would
-/// outgrow its quarter of a second-level cache of 1 MiB.
+/// outgrow that.
 template <class Scalar>
 constexpr Index tile_rows(Index wanted, Index width) {
   constexpr Index multiple = simd::panel_width<Scalar>;
-  constexpr Index budget = (Index(1) << 18) / static_cast<Index>(sizeof(Scalar));
-  const Index fitting = budget / std::max<Index>(width, 1);
+  const Index fitting = tile_numbers<Scalar> / std::max<Index>(width, 1);
   return std::clamp(fitting / multiple * multiple, multiple, wanted);
 }
 
@@ -54,17 +63,31 @@ Tiling forward_tiling(const Shape& shape, Index workers) {
                     most / shape.group() / query_tile * query_tile)};
 }
 
+/// Key tiles of a backward task, at most.
+inline constexpr Index max_key_tiles = 8;
+
 /// Blocks of keys add to the same gradients of queries, in an order that must not depend on the
-/// number of workers: cut by the problem alone, so that several threads have something to do. Tiles
-/// are no larger than the problem, for they are what a workspace has to hold.
+/// number of workers: addends are cut by the problem alone, so that several threads have something to
+/// do. One worker alone takes as many at a time as a third-level cache holds, since all queries are packed
+/// for each block. Addends and blocks are powers of two of tiles, so that the one holds whole others.
+/// Tiles are no larger than the problem, for they are what a workspace has to hold.
 template <class Scalar>
-Tiling backward_tiling(const Shape& shape) {
+Tiling backward_tiling(const Shape& shape, Index workers) {
   using Accumulator = accumulator_t<Scalar>;
-  constexpr Index tasks = 4;
-  const Index wanted = tile_rows<Accumulator>(256, std::max(shape.head_dim, shape.value_dim));
+  constexpr Index tasks = 4, most_of_addend = 4;
+  const auto clamped = [](Index tiles, Index most) {
+    return static_cast<std::size_t>(std::clamp<Index>(tiles, 1, most));
+  };
+  const Index width = std::max<Index>({shape.head_dim, shape.value_dim, 1});
+  const Index wanted = tile_rows<Accumulator>(256, width);
   const Index keys = within(shape.keys, wanted, simd::panel_width<Accumulator>);
+  const Index of_task = blocks(shape.keys * shape.key_value_heads / tasks, keys);
+  const std::size_t addend = std::bit_ceil(clamped(of_task, most_of_addend));
+  const Index cached = 2 * tile_numbers<Accumulator> / (width * keys);
+  const std::size_t block =
+      workers == 1 ? std::max(addend, std::bit_floor(clamped(cached, max_key_tiles))) : addend;
   return {within(shape.queries, std::min<Index>(wanted, 128), simd::left_width<Accumulator>), keys,
-          task_rows(shape.keys * shape.key_value_heads, tasks, keys, 4 * keys)};
+          keys * static_cast<Index>(block), keys * static_cast<Index>(addend)};
 }
 
 /// Rows of a score tile are this far apart: room for whole panels, and an odd number of cache lines
@@ -75,7 +98,5 @@ constexpr Index score_stride(Index key_tile) {
   const Index stride = simd::padded<Scalar>(key_tile);
   return (stride / line) % 2 == 0 ? stride + std::max(line, simd::lanes<Scalar>) : stride;
 }
-
-inline Index blocks(Index count, Index block) { return (count + block - 1) / block; }
 
 }  // namespace surfattn::detail
