@@ -143,7 +143,8 @@ SURFATTN_ALWAYS_INLINE Index pack_whole_columns(MatrixView<const Source> source,
 /// width·width·depth + c·width + r % width. Where columns cannot be taken together, works in square
 /// blocks of packets.
 template <Index width, class Element, class Source>
-void pack_columns(MatrixView<const Source> source, sum_t<Element> factor, Element* to) {
+SURFATTN_NEVER_INLINE void pack_columns(MatrixView<const Source> source, sum_t<Element> factor,
+                                        Element* to) {
   using Lane = sum_t<Element>;  // as wide as an element
   constexpr Index side = lanes<Element>;
   const auto multiplier = broadcast(factor);
@@ -271,7 +272,8 @@ SURFATTN_ALWAYS_INLINE void for_runs_of_rows(Index rows, const Use& use) {
 
 /// a·b for each of the rows of both: the same bits for a row alone as among others.
 template <class Scalar, class Source>
-void row_products(MatrixView<const Source> a, MatrixView<const Source> b, Scalar* to) {
+SURFATTN_NEVER_INLINE void row_products(MatrixView<const Source> a, MatrixView<const Source> b,
+                                        Scalar* to) {
   const bool are_contiguous = a.col_stride == 1 && b.col_stride == 1;
   for_runs_of_rows(a.rows, [&]<int Rows>(Index first, std::integral_constant<int, Rows>) {
     row_sums<Rows>(are_contiguous, a.cols, a.cols, to + first,
@@ -283,7 +285,7 @@ void row_products(MatrixView<const Source> a, MatrixView<const Source> b, Scalar
 
 /// ‖row‖² of each row of `source`, the bits of its product with itself.
 template <class Scalar, class Source>
-void squared_norms(MatrixView<const Source> source, Scalar* to) {
+SURFATTN_NEVER_INLINE void squared_norms(MatrixView<const Source> source, Scalar* to) {
   for_contiguous_rows(source, [&](const MatrixView<const Source>& rows, Index start) {
     for_runs_of_rows(rows.rows, [&]<int Rows>(Index first, std::integral_constant<int, Rows>) {
       row_sums<Rows>(rows.col_stride == 1, rows.cols, rows.cols, to + start + first,
@@ -298,8 +300,9 @@ void squared_norms(MatrixView<const Source> source, Scalar* to) {
 /// The rows of `source` as a right operand of pairs, rows 2k and 2k + 1 in one: depth =
 /// depth_of(source.rows). Rows that are not finite become zeros and are listed. Writes ‖row‖² of all
 /// rows to `norms` too, unless that is null.
-inline void pack_panels(MatrixView<const Eigen::bfloat16> source, float, BFloat16Pair* to,
-                        Index panel_stride, NonFiniteRows& non_finite, float* norms = nullptr) {
+inline SURFATTN_NEVER_INLINE void pack_panels(MatrixView<const Eigen::bfloat16> source, float,
+                                              BFloat16Pair* to, Index panel_stride,
+                                              NonFiniteRows& non_finite, float* norms = nullptr) {
   if (norms) squared_norms(source, norms);
   non_finite.count = 0;
   const auto finite_row = [&](Index k) -> const Eigen::bfloat16* {
@@ -350,8 +353,9 @@ bool drop_if_not_finite(Scalar* row, Index cols, Index panel_stride) {
 ///
 /// A row whose norm is finite, scaled, is finite itself; others are looked at one by one.
 template <class Scalar, class Source>
-void pack_panels(MatrixView<const Source> source, Scalar factor, Scalar* to, Index panel_stride,
-                 NonFiniteRows& non_finite, Scalar* norms = nullptr) {
+SURFATTN_NEVER_INLINE void pack_panels(MatrixView<const Source> source, Scalar factor, Scalar* to,
+                                       Index panel_stride, NonFiniteRows& non_finite,
+                                       Scalar* norms = nullptr) {
   non_finite.count = 0;
   for_contiguous_rows(source, [&](const MatrixView<const Source>& rows, Index start) {
     for_runs_of_rows(rows.rows, [&]<int Rows>(Index row, std::integral_constant<int, Rows>) {

@@ -4,6 +4,7 @@
 
 #include <surfattn/detail/simd/exp2.hpp>
 #include <surfattn/detail/simd/overlapped_work.hpp>
+#include <surfattn/detail/simd/row_operations.hpp>
 
 namespace surfattn::detail::simd {
 
@@ -23,15 +24,20 @@ struct DifferentiateSoftmax {
   Scalar* totals;
 
   SURFATTN_ALWAYS_INLINE void operator()(Row& row, Scalar* gradients, Index column) const {
+    differentiate<panel_packets>(row, gradients, column);
+  }
+
+  template <int Packets>
+  SURFATTN_ALWAYS_INLINE void differentiate(Row& row, Scalar* gradients, Index column) const {
     Scalar* const scores = gradients + to_scores;
     const auto log_sum = broadcast(row.log_sum), mean = broadcast(row.mean);
-    Packet<Scalar> weights[panel_packets];
+    Packet<Scalar> weights[Packets];
     SURFATTN_UNROLL
-    for (int p = 0; p < panel_packets; ++p)
+    for (int p = 0; p < Packets; ++p)
       weights[p] = subtract(load(scores + p * lanes<Scalar>), log_sum);
     exp2<Scalar>(weights, Exp2Origin<Scalar>(Scalar(0)));
     SURFATTN_UNROLL
-    for (int p = 0; p < panel_packets; ++p) {
+    for (int p = 0; p < Packets; ++p) {
       const Index j = p * lanes<Scalar>;
       const auto gradient = multiply(weights[p], subtract(load(gradients + j), mean));
       store(scores + j, weights[p]);
@@ -48,7 +54,9 @@ void differentiate_softmax(Index count, Index cols, Tile<Scalar> gradients,
                            const DifferentiateSoftmax<Scalar>& work) {
   for (Index i = 0; i < count; ++i) {
     Scalar* const row = gradients.from(i).data;
-    for (Index j = 0; j < cols; j += panel_width<Scalar>) work(rows[i], row + j, j);
+    for_packets<Scalar>(padded<Scalar>(cols), [&]<int Packets>(Index first) {
+      work.template differentiate<Packets>(rows[i], row + first, first);
+    });
   }
 }
 
