@@ -133,3 +133,25 @@ TEST_CASE("biases, gates and times of a batch may lie packed as its tokens do") 
     CHECK(same_bits(std::get<0>(of_alone.terms), std::get<0>(grad.terms).middleRows(4 * s, 4)));
   }
 }
+
+TEST_CASE("a bias for each query of the batch, where all of them are of one sequence") {
+  std::mt19937_64 random = seeded_random();
+  const Problem<double> p({5, 14, 4, 3}, random);
+  for (const Index queries : {5, 1}) {
+    const Index offsets_of_queries[] = {0, 0, queries}, offsets_of_keys[] = {0, 7, 14};
+    const Options options{.sequences = Sequences(offsets_of_queries, offsets_of_keys)};
+    const Rows q = p.queries.topRows(queries), grad_out = p.grad_out.topRows(queries),
+               k = p.keys.bottomRows(7), v = p.values.bottomRows(7),
+               bias = random_matrix<double>(queries, 7, random);
+    const auto f = attention_forward(q, p.keys, p.values, options, AdditiveBias{bias});
+    const auto g =
+        attention_backward(q, p.keys, p.values, f, grad_out, options, AdditiveBias{bias});
+    const auto alone = attention_forward(q, k, v, {}, AdditiveBias{bias});
+    const auto g_alone = attention_backward(q, k, v, alone, grad_out, {}, AdditiveBias{bias});
+    CHECK(same_bits(f.out, alone.out));
+    CHECK(same_bits(g.queries, g_alone.queries));
+    CHECK(same_bits(std::get<0>(g.terms), std::get<0>(g_alone.terms)));
+    CHECK(same_bits(Rows(g.keys.bottomRows(7)), g_alone.keys));
+    CHECK(g.keys.topRows(7).isZero(0));
+  }
+}

@@ -40,7 +40,7 @@ class AdditiveBias : public detail::TrainableTerm<AdditiveBias<Element>, Element
     AdditiveBias bound = *this;
     bound.has_queries_ =
         this->parameters_.rows == shape.queries || this->parameters_.rows == shape.packed_queries;
-    bound.has_sequences_ = this->parameters_.rows != shape.queries;
+    bound.has_sequences_ = this->parameters_.rows == shape.packed_queries;
     if (bound.has_queries_) {
       bound.parameters_ =
           detail::sequence_rows(this->parameters_, shape.queries, shape.first_query);
