@@ -59,6 +59,27 @@ TEST_CASE("a workspace serves fewer queries and keys") {
   }
 }
 
+TEST_CASE("a workspace with sums of a term's gradient serves fewer keys") {
+  const auto bytes = [](const Heads& heads, Index head_dim, Index keys) {
+    const Matrix<float> table = Matrix<float>::Zero(32, heads.query);
+    Matrix<float> gradient = table;
+    const Eigen::Map<const Matrix<float>> q(nullptr, 8, heads.query * head_dim),
+        k(nullptr, keys, *heads.key_value * head_dim);
+    return workspace_size(
+        Pass::backward, q, k, k, {.heads = heads},
+        RelativePositionBias{table, {.align = Align::top_left}}.gradient_into(gradient));
+  };
+  for (const Heads& heads : {Heads{1, 1}, Heads{6, 2}, Heads{3, 3}, Heads{16, 1}}) {
+    for (const Index head_dim : {4, 64, 200}) {
+      Index shrinking = 0;
+      for (Index keys = 1; keys < 5000; keys += 3)
+        shrinking += bytes(heads, head_dim, keys + 3) < bytes(heads, head_dim, keys);
+      CAPTURE(heads.query, *heads.key_value, head_dim);
+      CHECK(shrinking == 0);
+    }
+  }
+}
+
 TEST_CASE("workspaces of small problems are small") {
   const auto bytes = [](Index count, Index columns) {
     const Eigen::Map<const Matrix<float>> x(nullptr, count, columns);

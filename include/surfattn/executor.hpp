@@ -36,7 +36,7 @@ class Task {
 /// surfattn/executors/eigen_thread_pool.hpp. An executor of your own implements the two functions.
 class Executor {
  public:
-  /// How many tasks can run at the same time, at least 1. Workspace grows with it.
+  /// How many tasks can run at the same time, at least 1. The workspace of a call depends on it.
   virtual Index concurrency() const = 0;
 
   /// Calls task(0), …, task(count − 1) once each, in any order and on any threads, and returns when

@@ -145,9 +145,10 @@ inline void require_positions(const Require& require, bool rotates, const LayerO
   for (Index s = 0; !x_given && s < shape.sequences.count(); ++s) {
     const Shape one = shape.of_sequence(s);
     if (one.queries == one.keys) continue;
-    require.about(one).fail("weights.rotary needs x_positions and y_positions where x and y have ",
-                            "different numbers of rows, but they have ", one.queries, " and ",
-                            one.keys);
+    require.about(one).fail(
+        "weights.rotary needs x_positions and y_positions where x and y have "
+        "different numbers of rows, but they have ",
+        one.queries, " and ", one.keys);
   }
 }
 

@@ -45,7 +45,7 @@ struct BackwardBuffers {
   KeyTileBuffers<Accumulator> key_tiles[max_key_tiles];
   PackedTile<Accumulator> queries;
   PackedTile<Accumulator> grad_out;
-  Accumulator* log_sum_exp;
+  Accumulator* log_sum_exp;  ///< these two become softmax_rows
   Accumulator* delta;
   simd::SoftmaxGradientRow<Accumulator>* softmax_rows;
   Accumulator* grad_queries;
@@ -161,6 +161,7 @@ class BackwardBlock {
 
   /// `norms_stand_beside`: the scores of the softmax do not hold the norms of the queries.
   void load_queries(const Tile& run, bool norms_stand_beside) {
+    queries_are_packed_ = true;
     const auto queries = query_rows(run);
     const auto grad_out = out_rows(upstream_.grad_out, run);
     simd::pack_left(queries, log2_scale(operands_), buffers_.queries.columns);
@@ -174,7 +175,7 @@ class BackwardBlock {
     simd::pack_left(grad_out, Accumulator(1), buffers_.grad_out.columns);
     grad_out_of_run_ = pack_row_operand(grad_out, Accumulator(1), buffers_.grad_out.panels,
                                         buffers_.grad_out.non_finite);
-    load_deltas(run, grad_out, out_rows(upstream_.out, run));
+    load_softmax_rows(run, grad_out, out_rows(upstream_.out, run));
   }
 
   /// Returns when the item before this one at the same keys has passed these queries with all its
@@ -226,6 +227,7 @@ class BackwardBlock {
   Index first_key_;
   Turns turns_;
   RowOperand<Scalar> keys_of_tile_[max_key_tiles]{};
+  bool queries_are_packed_ = false;  ///< those of the run at hand
   RowOperand<Scalar> queries_of_run_{}, grad_out_of_run_{};
 
  private:
@@ -259,9 +261,9 @@ class BackwardBlock {
         .block_rows(tile.first_query, tile.queries);
   }
 
-  /// D_i = dO_i·O_i − dL_i.
-  void load_deltas(const Tile& tile, MatrixView<const Scalar> grad_out,
-                   MatrixView<const Scalar> out) {
+  /// D_i = dO_i·O_i − dL_i, beside the log-sum-exps that are there.
+  void load_softmax_rows(const Tile& tile, MatrixView<const Scalar> grad_out,
+                         MatrixView<const Scalar> out) {
     simd::row_products(grad_out, out, buffers_.delta);
     for (Index i = 0; upstream_.grad_log_sum_exp && i < tile.queries; ++i)
       buffers_.delta[i] -= upstream_.grad_log_sum_exp_of(tile.first_query + i, tile.head);
@@ -309,7 +311,7 @@ class BackwardTask : BackwardBlock<Scalar> {
  public:
   BackwardTask(const Operands<Scalar>& operands, const Terms& terms, const Tiling& tiling,
                const Upstream<Scalar>& upstream, const GradientOutputs<Scalar>& gradients,
-               BackwardBuffers<Accumulator>& buffers, const TermTask<Scalar, Terms>& term_task,
+               BackwardBuffers<Accumulator>& buffers, TermTask<Scalar, Terms> term_task,
                Index key_value_head, Index first_key, Turns turns)
       : Block(operands, tiling, upstream, gradients, buffers, key_value_head, first_key, turns),
         terms_(terms),
@@ -329,15 +331,16 @@ class BackwardTask : BackwardBlock<Scalar> {
  private:
   using Block::buffers_, Block::first_key_of, Block::grad_out_of_run_, Block::key_tiles,
       Block::key_value_head_, Block::keys_of, Block::keys_of_tile_, Block::operands_,
-      Block::queries_of_run_, Block::shape_, Block::tiling_, Block::turns_;
+      Block::queries_are_packed_, Block::queries_of_run_, Block::shape_, Block::tiling_,
+      Block::turns_;
 
   /// All tiles of one run of queries.
   void visit_queries(Index head, Index first_query, Index queries, Index turn) {
     const Index tiles = tiling_.addend / tiling_.key_tile;
-    bool packed = false;
+    queries_are_packed_ = false;
     for (Index n = 0; n < key_tiles(); n += tiles) {
-      const Tile run{head, first_query, queries, first_key_of(n), 0};
-      visit_addend(run, n, std::min(n + tiles, key_tiles()), turn, packed);
+      const Index keys = std::min(tiling_.addend, shape_.keys - first_key_of(n));
+      visit_addend({head, first_query, queries, first_key_of(n), keys}, n, turn);
     }
     // Tile or no tile, so that whoever waits for this waits for all.
     turns_.wait_for(turn);
@@ -345,31 +348,33 @@ class BackwardTask : BackwardBlock<Scalar> {
     turns_.pass(turn);
   }
 
-  /// The key tiles that give one addend of dQ. The queries are packed when the first tile that is not
-  /// empty needs them.
-  void visit_addend(const Tile& run, Index first_tile, Index end, Index turn, bool& packed) {
+  /// One addend of dQ, from the key tiles from `first_tile` on. Queries are packed when the first tile that
+  /// is not empty needs them.
+  void visit_addend(const Tile& addend, Index first_tile, Index turn) {
     bool begun = false;
-    for (Index n = first_tile; n < end; ++n) {
-      const Tile whole{run.head, run.first_query, run.queries, first_key_of(n), keys_of(n)};
+    for (Index n = first_tile; first_key_of(n) < addend.first_key + addend.keys; ++n) {
+      const Tile whole{addend.head, addend.first_query, addend.queries, first_key_of(n),
+                       keys_of(n)};
       terms_.each_part(whole, simd::left_width<Accumulator>, simd::panel_width<Accumulator>,
                        [&](const Tile& tile, Coverage coverage) {
-                         if (!packed) Block::load_queries(run, !Terms::needs_whole_scores);
-                         if (!begun) begin_addend(run);
-                         packed = begun = true;
-                         visit_tile(tile, coverage, tile.first_query - run.first_query, n);
+                         if (!begun) begin_addend(addend);
+                         begun = true;
+                         visit_tile(tile, coverage, tile.first_query - addend.first_query, n);
                        });
     }
     if (!begun) return;
     turns_.wait_for(turn);
-    this->add_to_grad_queries(run.head, run.first_query, run.queries);
-    term_task_.end_run(run.head, run.first_query, run.queries);
+    this->add_to_grad_queries(addend.head, addend.first_query, addend.queries);
+    term_task_.end_run(addend.head, addend.first_query, addend.queries);
   }
 
-  void begin_addend(const Tile& run) {
-    std::fill(buffers_.grad_queries, buffers_.grad_queries + run.queries * buffers_.key_stride,
+  void begin_addend(const Tile& addend) {
+    if (!queries_are_packed_) Block::load_queries(addend, !Terms::needs_whole_scores);
+    std::fill(buffers_.grad_queries, buffers_.grad_queries + addend.queries * buffers_.key_stride,
               Accumulator(0));
     const Index of_head = blocks(shape_.keys, tiling_.addend);
-    term_task_.begin_run(key_value_head_ * of_head + run.first_key / tiling_.addend, run.queries);
+    term_task_.begin_run(key_value_head_ * of_head + addend.first_key / tiling_.addend,
+                         addend.queries);
   }
 
   /// `row` is the tile's first row within the run of queries.
@@ -473,7 +478,9 @@ struct BackwardPlan {
         values_are_keys(shared),
         tiling(cut),
         items(shape.key_value_heads * blocks(shape.keys, tiling.block)),
-        sums(terms, shape, shape.key_value_heads * blocks(shape.keys, tiling.addend), shared) {
+        sums(terms, shape, tiling, shared) {
+    eigen_assert(tiling.addend % tiling.key_tile == 0 && tiling.block % tiling.addend == 0 &&
+                 tiling.block <= max_key_tiles * tiling.key_tile);
     Arena counter;
     BackwardBuffers<Accumulator>(counter, shape, tiling, values_are_keys);
     TermBuffers<Accumulator, Terms>(counter, tiling);

@@ -56,7 +56,9 @@ class Word {
  public:
   Word(const char* text) : text_(text) {}
   Word(const std::string& text) : text_(text.c_str()) {}
-  Word(std::integral auto count) : kind_(Kind::count), extent_{static_cast<Index>(count), 0} {}
+  template <std::integral Integer>
+  requires(!std::same_as<Integer, bool> && !std::same_as<Integer, char>) Word(Integer count)
+      : kind_(Kind::count), extent_{static_cast<Index>(count), 0} {}
   Word(std::floating_point auto number)
       : kind_(Kind::number), number_(static_cast<double>(number)) {}
   Word(Extent extent) : kind_(Kind::extent), extent_(extent) {}
@@ -131,9 +133,9 @@ class Require {
  public:
   explicit constexpr Require(const char* function) : function_(function) {}
 
-  template <class... Words>
-  [[noreturn]] void fail(const Words&... words) const {
-    fail_with({Word(words)...});
+  template <class... Parts>
+  [[noreturn]] void fail(const Parts&... parts) const {
+    fail_with({Word(parts)...});
   }
 
   /// The same, about one sequence of a batch, which its sentences name.
@@ -280,8 +282,8 @@ class Require {
 
   /// Offsets of n sequences are n + 1 numbers from 0 to the number of rows that never decrease.
   void check_offsets(const char* argument, Extent extent, const IntegerView& offsets) const {
-    const auto fail_offsets = [&](const auto&... words) {
-      fail("sequences: the offsets of ", argument, " must ", words...);
+    const auto fail_offsets = [&](const auto&... parts) {
+      fail("sequences: the offsets of ", argument, " must ", parts...);
     };
     const Index last = offsets.size() - 1;
     if (last < 0) fail_offsets("be one more than the sequences, but there are none");

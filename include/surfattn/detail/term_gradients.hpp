@@ -11,9 +11,9 @@
 
 namespace surfattn::detail {
 
-/// The sums that a chain of terms needs over the backward pass of a sequence, each 0 at its start.
-/// Rows are added to in the order of the blocks of keys, columns and items' sums have one writer, so
-/// that they have the same bits on any number of threads.
+/// The sums that a chain of terms needs over the backward pass of a sequence, each 0 at its start. An item
+/// is the keys of one addend of dQ. Rows are added to in the order of the items, columns and items' sums
+/// have one writer, so that they have the same bits on any number of threads.
 template <class Accumulator>
 struct TermSums {
   Index item_stride = 0;  ///< numbers of each item
@@ -21,6 +21,7 @@ struct TermSums {
   bool sums_columns = false;
   bool sums_raw_rows = false;
   Index item_count = 0;
+  Index item_room = 0;  ///< at least as many, and no more of fewer keys
   Index row_count = 0;
   Index column_count = 0;
   Accumulator* items = nullptr;
@@ -30,9 +31,12 @@ struct TermSums {
 
   /// `has_query_norms`: whether raw scores may hold a number of their own for each query.
   template <class Terms>
-  TermSums(const Terms& terms, const Shape& shape, Index items_of_sequence, bool has_query_norms)
+  TermSums(const Terms& terms, const Shape& shape, const Tiling& tiling, bool has_query_norms)
       : sums_raw_rows(Terms::needs_whole_scores && has_query_norms),
-        item_count(items_of_sequence),
+        item_count(shape.key_value_heads * blocks(shape.keys, tiling.addend)),
+        item_room(std::max(
+            item_count,
+            shape.key_value_heads * std::min(blocks(shape.keys, tiling.key_tile), wanted_addends))),
         row_count(shape.query_heads * shape.queries),
         column_count(shape.query_heads * shape.keys) {
     terms.each_wanted_gradient([&](std::size_t, const auto& term) {
@@ -47,7 +51,7 @@ struct TermSums {
     const auto place = [&](bool wanted, Index count) {
       return wanted ? arena.take<Accumulator>(count) : nullptr;
     };
-    items = place(item_stride > 0, item_count * item_stride);
+    items = place(item_stride > 0, item_room * item_stride);
     rows = place(sums_rows, row_count);
     columns = place(sums_columns, column_count);
     raw_rows = place(sums_raw_rows, row_count);
@@ -82,8 +86,8 @@ struct TermBuffers {
   }
 };
 
-/// The terms' part in one task of a backward pass, whose items are the keys of one addend of dQ each. For
-/// each tile, in this order:
+/// The terms' part in one task of a backward pass, which has one item or several. For each tile, in this
+/// order:
 ///
 ///     S → modifiers → + biases                       finish_scores
 ///     O = (W∘M)·V        dW = M∘dP                   drop_gradients (before dS = W∘(dW − D))

@@ -66,28 +66,33 @@ Tiling forward_tiling(const Shape& shape, Index workers) {
 /// Key tiles of a backward task, at most.
 inline constexpr Index max_key_tiles = 8;
 
+/// Into so many addends of dQ the keys of all heads are cut, if there are tiles enough.
+inline constexpr Index wanted_addends = 4;
+
 /// Blocks of keys add to the same gradients of queries, in an order that must not depend on the
 /// number of workers: addends are cut by the problem alone, so that several threads have something to
-/// do. One worker alone takes as many at a time as a third-level cache holds, since all queries are packed
-/// for each block. Addends and blocks are powers of two of tiles, so that the one holds whole others.
-/// Tiles are no larger than the problem, for they are what a workspace has to hold.
+/// do. A task packs all queries once; one worker alone therefore takes several addends in a task: so many
+/// tiles that one packed form of their keys takes 512 KiB, and all their buffers 3 MiB, a share of a
+/// third-level cache. Both are 1, 2, 4 or 8 tiles, so that a block holds whole addends. Tiles are no larger
+/// than the problem, for they are what a workspace has to hold.
 template <class Scalar>
 Tiling backward_tiling(const Shape& shape, Index workers) {
   using Accumulator = accumulator_t<Scalar>;
-  constexpr Index tasks = 4, most_of_addend = 4;
+  constexpr Index most_of_addend = 4;
   const auto clamped = [](Index tiles, Index most) {
     return static_cast<std::size_t>(std::clamp<Index>(tiles, 1, most));
   };
   const Index width = std::max<Index>({shape.head_dim, shape.value_dim, 1});
   const Index wanted = tile_rows<Accumulator>(256, width);
   const Index keys = within(shape.keys, wanted, simd::panel_width<Accumulator>);
-  const Index of_task = blocks(shape.keys * shape.key_value_heads / tasks, keys);
-  const std::size_t addend = std::bit_ceil(clamped(of_task, most_of_addend));
+  const Index of_addend = blocks(shape.keys * shape.key_value_heads, wanted_addends * keys);
   const Index cached = 2 * tile_numbers<Accumulator> / (width * keys);
-  const std::size_t block =
-      workers == 1 ? std::max(addend, std::bit_floor(clamped(cached, max_key_tiles))) : addend;
+  const std::size_t addend_tiles = std::bit_ceil(clamped(of_addend, most_of_addend));
+  const std::size_t cached_tiles = std::bit_floor(clamped(cached, max_key_tiles));
+  const std::size_t block_tiles =
+      workers == 1 ? std::max(addend_tiles, cached_tiles) : addend_tiles;
   return {within(shape.queries, std::min<Index>(wanted, 128), simd::left_width<Accumulator>), keys,
-          keys * static_cast<Index>(block), keys * static_cast<Index>(addend)};
+          keys * static_cast<Index>(block_tiles), keys * static_cast<Index>(addend_tiles)};
 }
 
 /// Rows of a score tile are this far apart: room for whole panels, and an odd number of cache lines

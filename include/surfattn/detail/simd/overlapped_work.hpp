@@ -21,16 +21,16 @@ class OverlappedFinish {
  public:
   static constexpr bool whole_kernels = true;
 
-  OverlappedFinish(const Finish<Element>& product, Row* rows, const Work& work)
-      : product_(product), rows_(rows), work_(work) {}
+  OverlappedFinish(const Finish<Element>& finish, Row* rows, const Work& work)
+      : finish_(finish), rows_(rows), work_(work) {}
 
-  SURFATTN_ALWAYS_INLINE const Sum* start() const { return product_.start(); }
+  SURFATTN_ALWAYS_INLINE const Sum* start() const { return finish_.start(); }
 
   template <int Rows, int Packets>
   SURFATTN_ALWAYS_INLINE void take(Index row, Accumulators<Rows, Packets, Element>& product,
                                    const Tile<Sum>& c) {
     complete();
-    product_.take(row, product, c);
+    finish_.take(row, product, c);
     left_ = c, column_left_ = column_, next_ = rows_ + row, end_ = next_ + Rows;
   }
 
@@ -42,23 +42,24 @@ class OverlappedFinish {
 
   SURFATTN_ALWAYS_INLINE void complete() {
     if (next_ == end_) return;
-    work_on(work_, left_, column_left_, next_, end_);
+    work_ = work_on(work_, left_, column_left_, next_, end_);
     next_ = end_;
   }
 
   SURFATTN_ALWAYS_INLINE void to_next_panel() {
-    product_.to_next_panel();
+    finish_.to_next_panel();
     column_ += panel_width<Element>;
   }
 
  private:
   /// Takes copies, so that the members can stay in registers.
-  SURFATTN_NEVER_INLINE static void work_on(Work work, Tile<Sum> c, Index column, Row* row,
+  SURFATTN_NEVER_INLINE static Work work_on(Work work, Tile<Sum> c, Index column, Row* row,
                                             Row* end) {
     for (; row != end; ++row, c.data += c.row_stride) work(*row, c.data, column);
+    return work;
   }
 
-  Finish<Element> product_;
+  Finish<Element> finish_;
   Row* rows_;
   Work work_;
   Index column_ = 0;
@@ -68,8 +69,8 @@ class OverlappedFinish {
 };
 
 /// Whether work that takes exponentials overlaps with products: not where these are summed in parts, on
-/// targets whose exponentials take longer than what they wait for, nor without vectors,
-/// where the origin of an exponential does not only scale it.
+/// targets whose exponentials take longer than what they wait for, nor without vectors, where the origin of
+/// an exponential does not only scale it.
 template <class Element>
 inline constexpr bool overlaps_exponentials =
     !broadcasts_by_shuffling<Element> && lanes<sum_t<Element>> > 1;

@@ -20,7 +20,7 @@ template <class Scalar>
 struct DifferentiateSoftmax {
   using Row = const SoftmaxGradientRow<Scalar>;
 
-  Index to_scores;  ///< from a number of dP to that of S
+  Index to_scores;  ///< from a number of dP to that of S, in the same workspace
   Scalar* totals;
 
   SURFATTN_ALWAYS_INLINE void operator()(Row& row, Scalar* gradients, Index column) const {
@@ -60,7 +60,7 @@ void differentiate_softmax(Index count, Index cols, Tile<Scalar> gradients,
   }
 }
 
-/// dP = A·B, and then that.
+/// dP = A·B, then S → W and dP → dS.
 template <class Element, class Left>
 void set_softmax_gradients(Index count, Index cols, Index depth, const Left& a, Panels<Element> b,
                            Tile<Element> gradients, const SoftmaxGradientRow<Element>* rows,
