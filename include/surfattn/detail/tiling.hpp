@@ -73,8 +73,9 @@ inline constexpr Index wanted_addends = 4;
 /// number of workers: addends are cut by the problem alone, so that several threads have something to
 /// do. A task packs all queries once; one worker alone therefore takes several addends in a task: so many
 /// tiles that one packed form of their keys takes 256 KiB, and all their buffers 1.5 MiB. (Twice as many
-/// save up to 1 % more, but cost up to 7 % where others fill the third-level cache.) Both are 1, 2, 4 or 8 tiles, so that a block holds whole addends. Tiles are no larger
-/// than the problem, for they are what a workspace has to hold.
+/// save up to 1 % more, but cost up to 7 % where others fill the third-level cache.) Both are 1, 2, 4 or 8
+/// tiles, so that a block holds whole addends. Tiles are no larger than the problem, for they are what a
+/// workspace has to hold.
 template <class Scalar>
 Tiling backward_tiling(const Shape& shape, Index workers) {
   using Accumulator = accumulator_t<Scalar>;
