@@ -88,24 +88,36 @@ Matrix<Scalar> rows_of_small_products(Index rows, Index depth, std::mt19937_64& 
   return matrix;
 }
 
+/// A and Bᵀ, packed for a product.
+template <class Scalar>
+struct PackedOperands {
+  PackedOperands(const Matrix<Scalar>& a, const Matrix<Scalar>& b)
+      : rows(a.rows()), cols(b.rows()), depth(a.cols()), width(simd::padded<Scalar>(cols)) {
+    simd::pack_left(view(a), Scalar(1), left);
+    simd::pack_transposed(view(b), right);
+  }
+
+  simd::ColumnsOperand<Scalar> a() const { return simd::packed_left(left, depth, 0, rows); }
+  simd::Panels<Scalar> b() const { return {right, depth * simd::panel_width<Scalar>}; }
+
+  Index rows, cols, depth, width;
+  Workspace workspace{1 << 20};
+  Arena arena{workspace};
+  Scalar* left = arena.take<Scalar>(simd::packed_left_size<Scalar>(rows, depth));
+  Scalar* right = arena.take<Scalar>(width * depth);
+};
+
 template <class Scalar>
 void check_weights(const Matrix<Scalar>& a, const Matrix<Scalar>& b) {
-  const Index rows = a.rows(), cols = b.rows(), depth = a.cols(),
-              width = simd::padded<Scalar>(cols);
-  const Workspace workspace(1 << 20);
-  Arena arena(workspace);
-  Scalar* const left = arena.take<Scalar>(simd::packed_left_size<Scalar>(rows, depth));
-  Scalar* const right = arena.take<Scalar>(width * depth);
-  Scalar* const bias = arena.take<Scalar>(width);
-  Scalar* const weights = arena.take<Scalar>(rows * width);
-  auto* const weighed = arena.take<simd::WeighedRow<Scalar>>(rows);
-  simd::pack_left(view(a), Scalar(1), left);
-  simd::pack_transposed(view(b), right);
+  PackedOperands<Scalar> p(a, b);
+  const Index rows = p.rows, cols = p.cols, width = p.width;
+  Scalar* const bias = p.arena.template take<Scalar>(width);
+  Scalar* const weights = p.arena.template take<Scalar>(rows * width);
+  auto* const weighed = p.arena.template take<simd::WeighedRow<Scalar>>(rows);
   for (Index j = 0; j < width; ++j) bias[j] = Scalar(j % 3);
   for (Index i = 0; i < rows; ++i) weighed[i].start(Scalar(i % 4));
-  simd::set_weights<Scalar>(rows, cols, depth, simd::packed_left(left, depth, 0, rows),
-                            {right, depth * simd::panel_width<Scalar>}, {weights, width}, {bias},
-                            weighed, weights, 64);
+  simd::set_weights<Scalar>(rows, cols, p.depth, p.a(), p.b(), {weights, width}, {bias}, weighed,
+                            weights, 64);
   Matrix<Scalar> expected = surfattn::test::times(a, Matrix<Scalar>(b.transpose()));
   for (Index i = 0; i < rows; ++i) {
     for (Index j = 0; j < cols; ++j)
@@ -141,19 +153,13 @@ namespace {
 template <class Scalar>
 void check_softmax_gradients(const Matrix<Scalar>& a, const Matrix<Scalar>& b,
                              std::mt19937_64& random) {
-  const Index rows = a.rows(), cols = b.rows(), depth = a.cols(),
-              width = simd::padded<Scalar>(cols);
-  const Workspace workspace(1 << 20);
-  Arena arena(workspace);
-  Scalar* const left = arena.take<Scalar>(simd::packed_left_size<Scalar>(rows, depth));
-  Scalar* const right = arena.take<Scalar>(width * depth);
-  Scalar* const totals = arena.take<Scalar>(width);
-  Scalar* const numbers = arena.take<Scalar>(2 * rows * width);
-  auto* const of_rows = arena.take<simd::SoftmaxGradientRow<Scalar>>(rows);
+  PackedOperands<Scalar> p(a, b);
+  const Index rows = p.rows, cols = p.cols, width = p.width;
+  Scalar* const totals = p.arena.template take<Scalar>(width);
+  Scalar* const numbers = p.arena.template take<Scalar>(2 * rows * width);
+  auto* const of_rows = p.arena.template take<simd::SoftmaxGradientRow<Scalar>>(rows);
   Eigen::Map<Matrix<Scalar>> gradients(numbers, rows, width),
       scores(numbers + rows * width, rows, width);
-  simd::pack_left(view(a), Scalar(1), left);
-  simd::pack_transposed(view(b), right);
   const auto small = [&](Index count) { return Scalar(Index(random() % count) - 2); };
   Matrix<Scalar> raw(rows, width), weights(rows, width);
   Matrix<Scalar> expected = surfattn::test::times(a, Matrix<Scalar>(b.transpose()));
@@ -168,8 +174,7 @@ void check_softmax_gradients(const Matrix<Scalar>& a, const Matrix<Scalar>& b,
   for (const bool sums : {false, true}) {
     std::fill(totals, totals + width, Scalar(3));
     scores = raw;
-    simd::set_softmax_gradients<Scalar>(rows, cols, depth, simd::packed_left(left, depth, 0, rows),
-                                        {right, depth * simd::panel_width<Scalar>},
+    simd::set_softmax_gradients<Scalar>(rows, cols, p.depth, p.a(), p.b(),
                                         {gradients.data(), width}, of_rows,
                                         {rows * width, sums ? totals : nullptr});
     CHECK(scores.leftCols(cols) == weights.leftCols(cols));
