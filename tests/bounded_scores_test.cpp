@@ -7,35 +7,27 @@
 #include <surfattn/surfattn.hpp>
 
 #include "support/catch.hpp"
-#include "support/random.hpp"
+#include "support/problem.hpp"
 #include "support/same_bits.hpp"
 
 namespace {
 
 using namespace surfattn;
+using surfattn::test::Problem;
 using surfattn::test::random_matrix;
 using surfattn::test::same_bits;
 using surfattn::test::seeded_random;
+using surfattn::test::Sizes;
 
 using Random = std::mt19937_64;
 
-struct Sizes {
-  Index queries, keys, head_dim, value_dim;
-  Index query_heads = 1, key_value_heads = 1;
-};
-
+/// With the bias that keeps scores from being bounded.
 template <class Scalar>
-struct Inputs {
-  Matrix<Scalar> queries, keys, values;
+struct Inputs : Problem<Scalar> {
   Matrix<accumulator_t<Scalar>> zeros;
-  Heads heads;
 
   Inputs(const Sizes& s, Random& random)
-      : queries(random_matrix<Scalar>(s.queries, s.query_heads * s.head_dim, random)),
-        keys(random_matrix<Scalar>(s.keys, s.key_value_heads * s.head_dim, random)),
-        values(random_matrix<Scalar>(s.keys, s.key_value_heads * s.value_dim, random)),
-        zeros(Matrix<accumulator_t<Scalar>>::Zero(s.queries, s.keys)),
-        heads{s.query_heads, s.key_value_heads} {}
+      : Problem<Scalar>(s, random), zeros(Matrix<accumulator_t<Scalar>>::Zero(s.queries, s.keys)) {}
 };
 
 /// Whether all numbers are the same, any NaN the same as any other.
