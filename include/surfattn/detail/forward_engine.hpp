@@ -103,17 +103,26 @@ class ForwardTask {
         std::min(simd::rounded_up(tile.queries, panel), first_query_ + queries_ - first);
     const auto queries = operands_.query_head(tile.head).block_rows(first, count);
     simd::pack_left(queries, log2_scale(operands_), buffers_.queries + row * buffers_.depth);
-    if (bounds_scores_) load_lengths(queries, buffers_.query_lengths + row);
     const auto outs = buffers_.outs.from(row);
     outs.reset(count);
-    if (with_offsets) outs.template load_offsets<Terms>(0, operands_, tile.head, first, count);
+    Accumulator* const offsets =
+        with_offsets ? start_offsets(operands_, !Terms::needs_whole_scores, count, outs.offsets)
+                     : nullptr;
+    load_norms(queries, offsets, buffers_.query_lengths + row);
   }
 
-  /// ‖q‖ of queries that are packed with their factor.
-  void load_lengths(MatrixView<const Scalar> queries, Accumulator* lengths) const {
+  /// ‖q‖ of queries that are packed with their factor, where scores are bounded, and what stands beside
+  /// the scores, where there is a place for it.
+  void load_norms(MatrixView<const Scalar> queries, Accumulator* offsets,
+                  Accumulator* lengths) const {
+    if (!offsets && !bounds_scores_) return;
     simd::squared_norms(queries, lengths);
+    if (offsets) {
+      std::copy(lengths, lengths + queries.rows, offsets);
+      weigh_query_norms(operands_, queries.rows, offsets);
+    }
     const Accumulator factor = std::abs(log2_scale(operands_));
-    for (Index i = 0; i < queries.rows; ++i)
+    for (Index i = 0; bounds_scores_ && i < queries.rows; ++i)
       lengths[i] = bound_of_length(lengths[i], queries.cols) * factor;
   }
 
